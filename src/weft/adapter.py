@@ -1,0 +1,177 @@
+"""Adapter: the common currency. Training makes it, mixing maps it, a store keeps it, a server loads it.
+
+An immutable value. It knows no model and no file format; `save` hands itself to `weft.formats`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from weft.core.factors import Factors
+from weft.errors import TargetError, did_you_mean
+from weft.identity import Fingerprint, digest_of
+from weft.spec import LoraSpec
+
+__all__ = ["Adapter", "Provenance"]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an adapter comes from. Plain data; not part of the digest, except for the base.
+
+    Attributes:
+        base: fingerprint of the base; None where the file didn't say (an adapter that another tool wrote).
+        data: one entry a data set: ``{"source", "digest", "examples"}``.
+        recipe: the recipe that trained it.
+        parents: digests (and weights) of the adapters it was made from.
+        versions: of weft, torch, transformers, Python.
+        evaluation: metrics by name, e.g. ``{"eval_loss": 1.83}``.
+        notes: what a reader of the file had to say (unknown fields, keys that were mapped).
+    """
+
+    base: Fingerprint | None = None
+    data: tuple[Mapping[str, Any], ...] = ()
+    recipe: Mapping[str, Any] | None = None
+    parents: tuple[Mapping[str, Any], ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    evaluation: Mapping[str, float] = field(default_factory=dict)
+    created: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        values["base"] = self.base.to_dict() if self.base else None
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Provenance:
+        """The inverse of `to_dict`; keys of later versions are dropped."""
+        known = {item.name: values[item.name] for item in dataclasses.fields(cls) if item.name in values}
+        base = known.get("base")
+        known["base"] = Fingerprint.from_dict(base) if base else None
+        for name in ("data", "parents", "notes"):
+            known[name] = tuple(known.get(name) or ())
+        return cls(**known)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An immutable LoRA adapter. Two adapters are equal if their digests are.
+
+    Attributes:
+        spec: what was adapted and how.
+        factors: by site (dotted path in the base), see `Factors`.
+        modules: modules trained whole: ``{"score": {"weight": tensor}}``.
+        biases: biases of the base trained with the adapter, by full parameter path.
+        provenance: base, data, recipe, parents, versions, evaluation.
+        proof: golden inputs and outputs, by which a later load can prove that the adapter is applied: ``input_ids``
+            (n, t) and ``logits`` (n, vocabulary) at the last position, float32.
+    """
+
+    spec: LoraSpec
+    factors: Mapping[str, Factors]
+    modules: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
+    proof: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("factors", "biases", "proof"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+        whole = {path: MappingProxyType(dict(tensors)) for path, tensors in self.modules.items()}
+        object.__setattr__(self, "modules", MappingProxyType(whole))
+
+    def __repr__(self) -> str:
+        return f"Adapter({len(self.factors)} sites, rank {self.ranks()}, {self.num_parameters:,} parameters, {self.digest[:12]})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Adapter) and other.digest == self.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Paths of the adapted sites, in the order of the model."""
+        return tuple(self.factors)
+
+    @property
+    def num_parameters(self) -> int:
+        """All numbers that the adapter carries: factors, modules trained whole, biases."""
+        whole = sum(tensor.numel() for module in self.modules.values() for tensor in module.values())
+        return whole + sum(f.num_parameters for f in self.factors.values()) + sum(b.numel() for b in self.biases.values())
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Content address: sha256 over spec, factors, modules, biases and the base's fingerprint."""
+        base = self.provenance.base
+        scales = {path: [item.scale, item.kind, list(item.kernel)] for path, item in self.factors.items()}
+        facts = {"spec": self.spec.to_dict(), "scales": scales, "base": [base.layout, base.weights] if base else None}
+        return digest_of(self.tensors(), facts)
+
+    def ranks(self) -> str:
+        """Rank, or range of ranks, for people: ``"8"`` or ``"2-16"``."""
+        found = sorted({item.rank for item in self.factors.values()})
+        return "none" if not found else str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by a unique name: ``<site>.lora_A``, ``<module>.<name>``, ``<path of a bias>``."""
+        named = {f"{path}.{name}": t for path, item in self.factors.items() for name, t in item.tensors().items()}
+        named |= {f"{path}.{name}": t for path, module in self.modules.items() for name, t in module.items()}
+        return named | dict(self.biases)
+
+    def delta(self, site: str) -> Tensor:
+        """Dense update of one site, see `Factors.delta`: (d_out, d_in).
+
+        Raises:
+            TargetError: the adapter has no such site; names near ones.
+        """
+        if site not in self.factors:
+            raise TargetError(f"this adapter has no site {site!r}.{did_you_mean(site, self.sites)} It has {len(self.sites)} sites")
+        return self.factors[site].delta()
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Adapter:
+        """A copy with ``change(tensor)`` in the place of every tensor, e.g. ``adapter.map(lambda t: t.half())``."""
+        return dataclasses.replace(
+            self,
+            factors={path: item.map(change) for path, item in self.factors.items()},
+            modules={path: {name: change(t) for name, t in module.items()} for path, module in self.modules.items()},
+            biases={name: change(t) for name, t in self.biases.items()},
+        )
+
+    def replace(self, **changes: Any) -> Adapter:
+        """A copy with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+    def check_finite(self) -> None:
+        """Refuse NaN and infinity anywhere.
+
+        Raises:
+            NotFiniteError: names the site and the tensor.
+        """
+        for path, item in self.factors.items():
+            item.check_finite(path)
+
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write a directory that `weft.load` and PEFT's ``PeftModel.from_pretrained`` read; beside, then renamed.
+
+        Args:
+            directory: where to; must not exist, unless ``overwrite``.
+            overwrite: replace an adapter that stands there. Other files in the directory are left alone.
+
+        Raises:
+            FormatError: the directory holds an adapter already; or a feature that PEFT's files can't express.
+        """
+        from weft.formats.peft import write  # the one upward import: a value that can save itself
+
+        return write(self, directory, overwrite=overwrite)

@@ -1,0 +1,1 @@
+"""The mathematics of LoRA. Knows torch; knows neither transformers nor files."""

@@ -1,0 +1,136 @@
+"""Every error that weft raises on purpose.
+
+    WeftError
+    ├── SpecError            a LoraSpec that contradicts itself or the model it is used on   (also a ValueError)
+    │   └── TargetError      a pattern, name or index without a match
+    ├── ShapeError           factors that disagree with each other or with their site        (also a ValueError)
+    ├── NotFiniteError       NaN or infinity where numbers were expected                     (also a ValueError)
+    ├── BankError            attach, slot and route mistakes: existing or unknown names …
+    ├── FormatError          a file that is refused, with .path and .key
+    │   ├── UnsupportedError a file of another method or of a feature that weft has not
+    │   └── KeysError        keys without a site, sites without a key
+    ├── BaseError            a base model that can't be found, read or used
+    │   └── BaseMismatchError  an adapter meets a base that it was not made for
+    ├── MergeError           an update that can't be written into a plain model
+    ├── DataError            examples that can't be read or that have no recognised shape
+    ├── RecipeError          an unknown key, a wrong type or a contradiction in a recipe     (also a ValueError)
+    ├── RunError             a run folder that can't be used as asked
+    └── MissingDependencyError  an optional library is needed                                (also an ImportError)
+
+A message says what failed, where, what was got, what was expected and what to do next.
+This module does not know any other part of weft.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BankError",
+    "BaseError",
+    "BaseMismatchError",
+    "DataError",
+    "FormatError",
+    "KeysError",
+    "MergeError",
+    "MissingDependencyError",
+    "NotFiniteError",
+    "RecipeError",
+    "RunError",
+    "ShapeError",
+    "SpecError",
+    "TargetError",
+    "UnsupportedError",
+    "WeftError",
+    "did_you_mean",
+    "some_names",
+]
+
+
+class WeftError(Exception):
+    """The root of every error that weft raises on purpose."""
+
+
+class SpecError(WeftError, ValueError):
+    """A LoraSpec that contradicts itself, or the model it is used on."""
+
+
+class TargetError(SpecError):
+    """A pattern, a name or an index that matches nothing."""
+
+
+class ShapeError(WeftError, ValueError):
+    """Factors that disagree with each other or with their site."""
+
+
+class NotFiniteError(WeftError, ValueError):
+    """NaN or infinity where finite numbers were expected."""
+
+
+class BankError(WeftError):
+    """An attach, slot or route mistake: an existing or unknown name, a bank on top of a bank."""
+
+
+class FormatError(WeftError):
+    """A file that is refused.
+
+    Attributes:
+        path: the file or folder, as text.
+        key: the key inside of it, where there is one.
+    """
+
+    def __init__(self, message: str, *, path: object = "", key: str | None = None) -> None:
+        self.path = str(path)
+        self.key = key
+        where = ": ".join(part for part in (self.path, f"key {key!r}" if key else "") if part)
+        super().__init__(f"{where}: {message}" if where else message)
+
+
+class UnsupportedError(FormatError):
+    """A file of another method, or with a feature that weft has not."""
+
+
+class KeysError(FormatError):
+    """Keys without a site, or sites without a key."""
+
+
+class BaseError(WeftError):
+    """A base model that can't be found, read or used."""
+
+
+class BaseMismatchError(BaseError):
+    """An adapter meets a base that it was not made for."""
+
+
+class MergeError(WeftError):
+    """An update that can't be written into a plain model."""
+
+
+class DataError(WeftError):
+    """Examples that can't be read, or that have no recognised shape."""
+
+
+class RecipeError(WeftError, ValueError):
+    """An unknown key, a wrong type or a contradiction in a recipe."""
+
+
+class RunError(WeftError):
+    """A run folder that can't be used as asked."""
+
+
+class MissingDependencyError(WeftError, ImportError):
+    """An optional library is needed for what was asked."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: ``" Did you mean 'q_proj'?"``, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(match) for match in near)}?" if near else ""
+
+
+def some_names(names: Iterable[str], limit: int = 6) -> str:
+    """At most ``limit`` names for a message, and how many more there are: ``"'a', 'b' … and 3 more"``."""
+    listed = list(names)
+    shown = ", ".join(repr(name) for name in listed[:limit])
+    return shown if len(listed) <= limit else f"{shown} … and {len(listed) - limit} more"

@@ -1,0 +1,214 @@
+"""LoraSpec: what to adapt, and how.
+
+A frozen value that knows nothing of any model: patterns are turned into sites by `weft.core.sites`. An unknown key
+is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from weft.errors import SpecError, did_you_mean
+
+__all__ = ["BIASES", "INITS", "LoraSpec"]
+
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga")
+BIASES = ("none", "all", "lora_only")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What to adapt and how. Immutable; compare with ``==``; change with `replace`.
+
+    Args:
+        rank: rank of every update that `rank_pattern` doesn't name.
+        alpha: numerator of the scale, ``alpha / rank`` (rsLoRA: ``alpha / sqrt(rank)``). Defaults to `rank`.
+        targets: module names or dotted suffixes; or one regular expression (matched against the whole path); or
+            ``"all-linear"`` (every linear layer but the output head); or ``"default"`` (the architecture's usual choice).
+        target_parameters: names or suffixes of bare parameters, such as ``"experts.gate_up_proj"``: a matrix
+            (d_out, d_in) or stacked experts (E, d_out, d_in).
+        exclude: names, suffixes or one regular expression; never adapted, also where `targets` matches.
+        layers: indices of the layers to adapt; None: all. `layers_pattern` names the list that they count (``"layers"``,
+            ``"h"``); None: the first number in a path.
+        rank_pattern: rank by site: a regular expression that matches a path's end, as in ``{"q_proj": 4}``; the
+            first match wins.
+        alpha_pattern: alpha by site, in the same way.
+        rslora: rank-stabilised scale (Kalajdzievski 2023, arXiv:2312.03732).
+        dora: learn magnitude and direction apart (Liu et al. 2024, arXiv:2402.09353).
+        dropout: probability that an input element of an update is dropped in training.
+        bias: which biases of the model are trained with the adapter and saved in it: ``"none"``, ``"lora_only"``
+            (those of adapted sites) or ``"all"``.
+        lora_bias: give B a bias of its own.
+        fan_in_fan_out: weights are stored as (d_in, d_out). None: recognised by the layer's class.
+        init: one of `INITS`; ``"pissa_niter_8"`` selects PiSSA's fast randomised decomposition.
+        save_modules: names or suffixes of modules that are trained whole and saved with the adapter (a head).
+
+    Raises:
+        SpecError: a value of the wrong type or out of range; names the field, what it got and what is allowed.
+
+    Source:
+        Hu et al. 2021, LoRA, arXiv:2106.09685.
+
+    Example:
+        >>> spec = LoraSpec(rank=8, alpha=16, rank_pattern={"down_proj": 2})
+        >>> spec.scale_at("model.layers.0.mlp.up_proj"), spec.scale_at("model.layers.0.mlp.down_proj")
+        (2.0, 8.0)
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: str | tuple[str, ...] = "all-linear"
+    target_parameters: tuple[str, ...] = ()
+    exclude: str | tuple[str, ...] = ()
+    layers: tuple[int, ...] | None = None
+    layers_pattern: str | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+    bias: str = "none"
+    lora_bias: bool = False
+    fan_in_fan_out: bool | None = None
+    init: str = "kaiming"
+    save_modules: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "exclude"):
+            if not isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, _names(name, getattr(self, name)))
+        for name in ("target_parameters", "save_modules"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        if self.layers is not None:
+            indices = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+            object.__setattr__(self, "layers", indices)
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping):
+                raise SpecError(f"LoraSpec.{name}: got {value!r}; expected a mapping of patterns to numbers")
+            object.__setattr__(self, name, dict(value))
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", float(self.rank) if isinstance(self.rank, int) else None)
+        _check(self)
+
+    def __hash__(self) -> int:
+        return hash(repr(sorted(self.to_dict().items(), key=lambda item: item[0])))
+
+    def rank_at(self, path: str) -> int:
+        """Rank of the site at ``path``."""
+        return int(_first_match(self.rank_pattern, path, self.rank))
+
+    def alpha_at(self, path: str) -> float:
+        """Alpha of the site at ``path``."""
+        return float(_first_match(self.alpha_pattern, path, self.alpha or self.rank))
+
+    def scale_at(self, path: str, rank: int | None = None) -> float:
+        """``alpha / rank`` of the site at ``path``, or ``alpha / sqrt(rank)`` with rsLoRA.
+
+        Args:
+            path: dotted path of the site.
+            rank: the site's real rank where it is not the pattern's (after EVA's redistribution).
+        """
+        rank = self.rank_at(path) if rank is None else rank
+        return self.alpha_at(path) / (math.sqrt(rank) if self.rslora else rank)
+
+    def replace(self, **changes: Any) -> LoraSpec:
+        """A copy with some fields changed. An unknown field raises SpecError."""
+        return LoraSpec.from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data (lists, dicts, numbers, text), ready for JSON and YAML."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else _plain(value) for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoraSpec:
+        """The inverse of `to_dict`; missing keys take their defaults.
+
+        Raises:
+            SpecError: an unknown key, with the nearest known one.
+        """
+        known = [item.name for item in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                raise SpecError(
+                    f"LoraSpec has no field {name!r}.{did_you_mean(str(name), known)} Fields: {', '.join(known)}"
+                )
+        return cls(**values)
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def _names(name: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Sequence | set | frozenset) or not all(isinstance(item, str) and item for item in value):
+        raise SpecError(f"LoraSpec.{name}: got {value!r}; expected a list of names")
+    return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _ends_with(pattern: str, path: str) -> bool:
+    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+
+
+def _first_match(patterns: Mapping[str, float], path: str, default: float) -> float:
+    return next((value for pattern, value in patterns.items() if _ends_with(pattern, path)), default)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def _check(spec: LoraSpec) -> None:
+    """Every rule of a spec, one line each."""
+    init_ok = spec.init in INITS or (isinstance(spec.init, str) and re.fullmatch(r"pissa_niter_[1-9]\d*", spec.init))
+    rules: tuple[tuple[str, Any, bool, str], ...] = (
+        ("rank", spec.rank, _is_rank(spec.rank), "a whole number of at least 1"),
+        ("alpha", spec.alpha, _is_number(spec.alpha) and spec.alpha != 0, "a finite number other than 0"),
+        ("targets", spec.targets, len(spec.targets) > 0 or bool(spec.target_parameters), "at least one name"),
+        ("dropout", spec.dropout, _is_number(spec.dropout) and 0 <= spec.dropout < 1, "a number in [0, 1)"),
+        ("bias", spec.bias, spec.bias in BIASES, f"one of {BIASES}"),
+        ("init", spec.init, bool(init_ok), f"one of {INITS} or 'pissa_niter_N'"),
+        ("fan_in_fan_out", spec.fan_in_fan_out, spec.fan_in_fan_out in (None, True, False), "True, False or None"),
+        ("layers_pattern", spec.layers_pattern, spec.layers_pattern is None or isinstance(spec.layers_pattern, str),
+         "a name or None"),
+    )  # fmt: skip
+    for name, value, ok, expected in rules:
+        if not ok:
+            raise SpecError(f"LoraSpec.{name}: got {value!r}; expected {expected}")
+    for name in ("rslora", "dora", "lora_bias"):
+        if not isinstance(getattr(spec, name), bool):
+            raise SpecError(f"LoraSpec.{name}: got {getattr(spec, name)!r}; expected True or False")
+    if spec.layers is not None and not all(isinstance(index, int) and index >= 0 for index in spec.layers):
+        raise SpecError(f"LoraSpec.layers: got {spec.layers!r}; expected layer indices, whole numbers from 0")
+    for pattern, value in (*spec.rank_pattern.items(), *spec.alpha_pattern.items()):
+        if not isinstance(pattern, str) or not _compiles(pattern):
+            raise SpecError(f"LoraSpec.rank_pattern/alpha_pattern: {pattern!r} is not a regular expression")
+        allowed = _is_rank(value) if pattern in spec.rank_pattern and value is spec.rank_pattern[pattern] else True
+        if not (_is_number(value) and value != 0 and allowed):
+            raise SpecError(f"LoraSpec.rank_pattern/alpha_pattern[{pattern!r}]: got {value!r}; expected a number, rank >= 1")
+    for name in ("targets", "exclude"):
+        value = getattr(spec, name)
+        if isinstance(value, str) and value not in ("all-linear", "default") and value and not _compiles(value):
+            raise SpecError(f"LoraSpec.{name}: {value!r} is not a valid regular expression; give a list for plain names")
