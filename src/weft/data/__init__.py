@@ -1,0 +1,61 @@
+"""From files and hub data sets to tokens, loss masks and batches.
+
+    examples = load_examples("train.jsonl")                     # reads, recognises the kind, says it
+    print(examples.summary())                                   # train.jsonl: 8,000 examples of {prompt, completion} …
+    train, valid = examples.split(0.1, seed=0)                  # rows with one prompt stay on one side
+    encoded = encode(train, tokenizer, max_length=512)          # tokens and loss masks, compact
+    print(encoded.account.summary())                            # what was truncated, split and dropped, with row numbers
+    packed = pack(encoded, 512)                                 # or a LengthGroupedSampler over encoded.lengths
+    collate = collator(tokenizer, encoded.kind, packed=packed.packed)
+    batch = collate([packed[0], packed[1]])                     # a dict of tensors for ``model(**batch)``
+
+Reading::
+
+    load_examples(source, *, columns=None, limit=None, kind=None, labels=None) -> Examples
+        source: a path (.jsonl .json .csv .tsv .parquet .txt, each also with .gz), a folder of `Dataset.save_to_disk`,
+                "org/name[:config][@split]" on the hub, a `datasets.Dataset`, or a list of dicts
+        columns: {"prompt": "question", "completion": "answer"} where the file's columns have other names
+        kind:    one of KINDS, where a file could be read in several ways; None: recognised (the precedence is KINDS)
+        labels:  label names of the training set, for an evaluation set
+    Examples: .kind .rows .numbers .labels .source .notes .digest len() [i]
+              .summary() -> str                        one line
+              .split(fraction=0.1, *, seed=0) -> (Examples, Examples)
+              .take(n) -> Examples                     the first n rows
+              .as_chat(system=None) -> Examples        {prompt, completion} as two messages, for instruct models
+              .where(i) -> "train.jsonl, line 18"
+    overlap(train, evaluation) -> Overlap: .rows .prompts .count .warning() ("" where there is none)
+
+Rows by kind (extra columns are kept in the rows and ignored)::
+
+    "chat"            {"messages": [{"role", "content"}, …]}, optionally "tools"
+    "completion"      {"prompt", "completion"}, optionally "references": other right answers, for metrics only
+    "classification"  {"text", "label"}: the label by its name; `Examples.labels` are all names in the order of their ids
+    "text"            {"text"}
+
+Encoding::
+
+    encode(examples, tokenizer, *, max_length, labels=None, mask_prompt=True, separator="", learn="all",
+           chat_template=None) -> Encoded
+    Encoded: .kind .labels .max_length .packed .account .lengths (numpy) .rows (numpy: which example each feature is from)
+             .num_tokens .num_loss_tokens .fill len() [i] .features
+        [i] -> {"input_ids", "labels"} (+ "position_ids" when packed), numpy int64; labels an int for classification
+    Account: .examples .kept .tokens .loss_tokens .truncated .prompt_cut .completion_cut .split .empty .masked (Tally: .count .first)
+             .dropped .summary() .to_dict()
+
+Batches::
+
+    pack(encoded, max_length=None) -> Encoded          first-fit decreasing; .fill says how full the rows are
+    require_packing(model)                             DataError unless packed rows give the logits of separate ones
+    collator(tokenizer, kind, *, packed=False, pad_to_multiple_of=None) -> a picklable callable; .pad_id
+    LengthGroupedSampler(lengths, batch_size, *, seed=0, megabatch=50): iterates one epoch; .set_epoch(e) .indices(e)
+    padding_share(lengths, order, batch_size) -> float
+
+Generation::
+
+    prompts(examples, limit=None) -> list[Prompt]      distinct prompts: .prompt (str or messages) .references .row
+    encode_prompts(prompts, tokenizer, *, max_length, separator="", chat_template=None) -> list[list[int]]
+        exactly the tokens that precede the completion in training; too long: cut from the left
+
+Every refusal is a `weft.errors.DataError` that names the file, the line and the way out. transformers, datasets, pyarrow and torch
+are imported when they are needed. This package does not know models, adapters or training.
+"""
