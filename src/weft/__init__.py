@@ -1,0 +1,97 @@
+"""weft: the whole life of a LoRA adapter. The base model is the warp, which stays still; adapters are the weft.
+
+    model, tokenizer = weft.load_base("path or hub id")
+    bank = weft.attach(model, {"mine": weft.LoraSpec(rank=16, targets="all-linear")})
+    ...                                    # any PyTorch loop, transformers.Trainer or TRL's trainers
+    adapter = bank.adapter("mine")         # an immutable value
+    adapter.save("out/mine")               # a directory that PEFT loads
+    bank.detach()                          # the model that was there before
+
+Or in one call: ``run = weft.train(base=…, data=…, out=…)``, then ``run.adapter``.
+
+The names in `__all__` are the public API. Each is imported when it is first used: ``import weft`` costs milliseconds
+and imports no other library.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weft.adapter import Adapter, Provenance
+    from weft.core.bank import Bank
+    from weft.core.factors import Factors
+    from weft.core.merge import merge
+    from weft.errors import WeftError
+    from weft.formats import convert, load
+    from weft.identity import Fingerprint, fingerprint
+    from weft.models.attach import attach
+    from weft.models.load import load_base
+    from weft.spec import LoraSpec
+    from weft.train import Evaluation, Recipe, Run, evaluate, generate, prove, stream, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "Bank",
+    "Evaluation",
+    "Factors",
+    "Fingerprint",
+    "LoraSpec",
+    "Provenance",
+    "Recipe",
+    "Run",
+    "WeftError",
+    "__version__",
+    "attach",
+    "convert",
+    "evaluate",
+    "fingerprint",
+    "generate",
+    "load",
+    "load_base",
+    "merge",
+    "prove",
+    "stream",
+    "train",
+]
+
+_HOME = {
+    "Adapter": "weft.adapter",
+    "Bank": "weft.core.bank",
+    "Evaluation": "weft.train",
+    "Factors": "weft.core.factors",
+    "Fingerprint": "weft.identity",
+    "LoraSpec": "weft.spec",
+    "Provenance": "weft.adapter",
+    "Recipe": "weft.train",
+    "Run": "weft.train",
+    "WeftError": "weft.errors",
+    "attach": "weft.models.attach",
+    "convert": "weft.formats",
+    "evaluate": "weft.train",
+    "fingerprint": "weft.identity",
+    "generate": "weft.train",
+    "load": "weft.formats",
+    "load_base": "weft.models.load",
+    "merge": "weft.core.merge",
+    "prove": "weft.train",
+    "stream": "weft.train",
+    "train": "weft.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_HOME[name])
+    if name == "train":  # the package can be called: weft.train(...) trains, weft.train.Sampling is still found
+        return module
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
