@@ -57,9 +57,10 @@ class Names:
         """An entry yielded something."""
         self._hits.add(entry)
 
-    def miss(self, entry: str, reason: str) -> None:
-        """An entry matched, but for a reason nothing came of it; the first reason is kept."""
-        self._reasons.setdefault(entry, reason)
+    def miss(self, found: Mapping[str, str], why: str) -> None:
+        """Entries matched these paths, but for a reason nothing came of it; the first reason is kept."""
+        for entry, path in found.items():
+            self._reasons.setdefault(entry, f"{path!r} {why}")
 
     def unmatched(self) -> list[str]:
         """Entries that yielded nothing."""
@@ -81,7 +82,9 @@ class Layers:
         if pattern and indices is None:
             raise SpecError(f"LoraSpec.layers_pattern={pattern!r} without layers: say which ones, layers=[…]")
         try:
-            self._number = re.compile(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)(?:\.|$)" if pattern else r"(?:^|.*?\.)(\d+)(?:\.|$)")
+            self._number = re.compile(
+                rf"(?:^|.*?\.)(?:{pattern})\.(\d+)(?:\.|$)" if pattern else r"(?:^|.*?\.)(\d+)(?:\.|$)"
+            )
         except re.error as problem:
             raise SpecError(f"LoraSpec.layers_pattern={pattern!r} is no regular expression: {problem}") from None
         self._wanted = None if indices is None else frozenset(indices)

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from weft.core.factors import Kind
 from weft.core.patterns import Layers, Names, unmatched_patterns
-from weft.errors import SpecError, TargetError, did_you_mean, some_names
+from weft.core.site_errors import linears, lost_message, unfit_message
+from weft.core.tree import Node, output_heads, shared_weights, walk
+from weft.errors import ShapeError, SpecError, TargetError, did_you_mean, some_names
 from weft.spec import LoraSpec
 
 __all__ = ["Site", "SiteMap", "find_sites"]
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SHARED = "the update at {path!r} applies to this use only; a merged copy unties them"
 _OWN_COPY = "{path!r} is trained whole as a weight of its own, the other keeps the base's"
 
@@ -62,9 +63,31 @@ class Site:
     @property
     def weight(self) -> Tensor:
         """The base's weight as it is stored, see `transposed`; a quantised one may be packed."""
-        weight = getattr(self.module, self.weight_name)
+        weight = self.module._parameters.get(self.weight_name)
+        weight = getattr(self.module, self.weight_name) if weight is None else weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def weight_path(self) -> str:
+        """Path of the weight's parameter, as in ``model.named_parameters()``."""
+        return f"{self.owner}.{self.weight_name}" if self.owner else self.weight_name
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """A tensor that is stored like the weight (the weight, its gradient) as ΔW is written; a view where it can be.
+
+        Returns:
+            (d_out, d_in), or (E, d_out, d_in) for stacked experts.
+
+        Raises:
+            ShapeError: a packed (quantised) weight, or a convolution with groups, whose weight is no (d_out, d_in).
+        """
+        seen = stored.mT if self.transposed else stored.flatten(1) if self.kind == "conv" else stored
+        shape = (self.d_out, self.d_in) if self.experts is None else (self.experts, self.d_out, self.d_in)
+        if tuple(seen.shape) != shape:
+            why = f"a convolution with {self.groups} groups" if self.groups > 1 else "a quantised or sharded weight"
+            raise ShapeError(f"{self.path!r}: a weight of shape {tuple(stored.shape)} is no {shape} matrix ({why})")
+        return seen
 
 
 @dataclass(frozen=True)
@@ -109,364 +132,237 @@ def find_sites(model: nn.Module, spec: LoraSpec) -> SiteMap:
         >>> [(site.path, site.d_in, site.d_out) for site in find_sites(model, LoraSpec(targets=["0", "2"])).sites]
         [('0', 4, 8), ('2', 8, 2)]
     """
-    return _Search(model, spec).run()
-
-
-@dataclass
-class _Node:
-    """One module of the tree, with every path it stands at."""
-
-    path: str
-    module: nn.Module
-    kind: str | None
-    aliases: list[str] = field(default_factory=list)
-    host: str | None = None
+    search = _Search(model, spec)
+    search.match()
+    search.check()
+    sites = tuple(search.sites.values())
+    biases = _biases(search, sites)
+    notes = _notes(search, sites, biases)
+    return SiteMap(sites, tuple(search.saved), biases, tuple(notes))
 
 
 class _Search:
-    """One call of `find_sites`."""
+    """One call of `find_sites`: the matching, and the account of what came of every entry."""
 
     def __init__(self, model: nn.Module, spec: LoraSpec) -> None:
+        self.model, self.spec = model, spec
+        self.nodes = walk(model)
         if spec.targets == "default":
             raise TargetError(
-                "LoraSpec.targets='default' was not resolved: the usual sites are known by architecture (weft.attach does it "
-                f"for known ones); name them here.{_linears(model)}"
+                "LoraSpec.targets='default' stands for an architecture's usual sites, which only weft.attach knows; name the sites"
+                f" here.{linears(self.nodes)}"
             )
-        self.spec = spec
         self.all_linear = spec.targets == "all-linear"
         self.targets = Names("targets", () if self.all_linear else spec.targets)
         self.parameters = Names("target_parameters", spec.target_parameters)
         self.exclude = Names("exclude", spec.exclude)
         self.save = Names("save_modules", spec.save_modules)
         self.layers = Layers(spec.layers, spec.layers_pattern)
-        self.nodes = list(_walk(model))
-        self.uses = _weight_uses(self.nodes)
-        self.model = model
         self.sites: dict[str, Site] = {}
         self.saved: list[str] = []
-        self.notes: list[str] = []
+        self.skipped: list[str] = []
         self.unfit: dict[str, nn.Module] = {}
 
-    def run(self) -> SiteMap:
-        heads = _output_heads(self.nodes) if self.all_linear else frozenset()
-        whole_attention: set[str] = set()
-        inside = ""
+    def match(self) -> None:
+        """One pass over the modules, in model order."""
+        heads = output_heads(self.nodes) if self.all_linear else frozenset()
+        whole: dict[str, bool] = {}  # attentions that are adapted (True) or excluded (False) as a whole
+        inside = "\0"
         for node in self.nodes:
-            if inside and node.path.startswith(inside):
-                self._mark_lost(node, "is part of save_modules")
-                continue
-            if self._saves(node):
+            if node.path.startswith(inside):
+                self._lose(node, "is part of a module in save_modules")
+            elif node.path and self._saves(node):
                 inside = f"{node.path}."
-                self._mark_lost(node, "is one of save_modules")
-                continue
-            self._module(node, heads, whole_attention)
-            self._parameters(node)
-        self._check()
-        self._say_shared()
-        sites = tuple(self.sites.values())
-        return SiteMap(sites, tuple(self.saved), self._biases(sites), tuple(self.notes))
+                self._lose(node, "is in save_modules")
+            else:
+                if node.kind == "attention":
+                    self._attention(node, whole)
+                elif node.path:
+                    self._module(node, whole.get(node.host or ""), is_head=id(node.module) in heads)
+                self._parameters(node)
 
-    # matching
+    def check(self) -> None:
+        """Every entry has to have yielded something."""
+        for names in (self.targets, self.parameters, self.save, self.exclude):
+            if names.unmatched():
+                raise TargetError(lost_message(names, self.nodes))
+        if self.unfit:
+            raise TargetError(unfit_message(self.unfit, self.nodes))
+        if self.layers.missing():
+            there = f"in layers {sorted(self.layers.seen)}" if self.layers.seen else "in no numbered layer"
+            raise TargetError(
+                f"LoraSpec.layers: nothing to adapt in layer {self.layers.missing()}; what matches lies {there}"
+            )
+        if not self.sites and not self.saved:
+            raise TargetError(
+                f"LoraSpec.targets={self.spec.targets!r} adapts nothing in {type(self.model).__name__}.{linears(self.nodes)}"
+            )
+        for name in ("rank_pattern", "alpha_pattern"):
+            lost = unmatched_patterns(getattr(self.spec, name), self.sites)
+            if lost:
+                hint = did_you_mean(lost[0], {part for path in self.sites for part in path.split(".")})
+                raise TargetError(
+                    f"LoraSpec.{name}: {some_names(lost)} match no site.{hint} Sites: {some_names(self.sites, 4)}"
+                )
 
-    def _saves(self, node: _Node) -> bool:
-        found = [entry for path in (node.path, *node.aliases) for entry in self.save.find(path)]
+    # one module
+
+    def _saves(self, node: Node) -> bool:
+        found = _find(self.save, node.paths)
         for entry in found:
             self.save.hit(entry)
-        if found and node.path:
+        if found:
             self.saved.append(node.path)
-        return bool(found) and bool(node.path)
+        return bool(found)
 
-    def _mark_lost(self, node: _Node, why: str) -> None:
-        for path in (node.path, *node.aliases):
-            for entry in self.targets.find(path):
-                self.targets.miss(entry, f"{path!r} {why}")
-            for entry in self.exclude.find(path):
-                self.exclude.hit(entry)
+    def _lose(self, node: Node, why: str) -> None:
+        """Entries that match inside of a module that is trained whole."""
+        self.targets.miss(_find(self.targets, node.paths), why)
+        for entry in _find(self.exclude, node.paths):
+            self.exclude.hit(entry)
         for name in node.module._parameters if self.parameters else ():
-            self._miss(dict.fromkeys(self.parameters.find(f"{node.path}.{name}"), f"{node.path}.{name}"), why, self.parameters)
+            self.parameters.miss(_find(self.parameters, [node.path_of(name)]), why)
 
-    def _module(self, node: _Node, heads: frozenset[int], whole_attention: set[str]) -> None:
-        """Decide about one module, and its in_proj if it is an attention."""
-        found = {entry: path for path in (node.path, *node.aliases) for entry in self.targets.find(path)} if node.path else {}
-        by_kind = self.all_linear and bool(node.path) and node.kind in ("linear", "conv1d", "attention")
-        by_host = node.host is not None and node.host in whole_attention
-        if node.kind == "attention" and self._wants_in_proj(node, found, by_kind):
-            whole_attention.add(node.path)
-        excluded = self._excluded(node.path, node.aliases, adaptable=node.kind is not None, module=node.module)
-        if not (found or by_kind or by_host) or (by_kind and id(node.module) in heads):
+    def _module(self, node: Node, by_host: bool | None, is_head: bool) -> None:
+        """Decide about a module; ``by_host``: what was decided about the attention that it is the out_proj of."""
+        found = _find(self.targets, node.paths)
+        excluded = self._excluded(node.paths, node) or by_host is False
+        by_kind = self.all_linear and node.kind in ("linear", "conv1d") and not is_head
+        if not (found or by_kind or by_host):
             return
         if excluded:
-            self._miss(found, "is excluded")
-        elif not self._in_layers(node.path, found):
-            self._miss(found, f"is outside layers={list(self.spec.layers or ())}")
-        elif node.kind is None:
-            for entry, path in found.items():
-                self.unfit[path] = node.module
-                self.targets.hit(entry)
+            self.targets.miss(found, "is excluded")
+        elif not (by_host or self._in_layers(node.path, found)):
+            self.targets.miss(found, f"is outside layers={list(self.spec.layers or ())}")
         else:
-            for entry in found:
+            for entry, path in found.items():
                 self.targets.hit(entry)
-            if node.kind != "attention":
-                self._add(_module_site(node, self.spec))
+                if node.kind is None:
+                    self.unfit[path] = node.module
+            if node.kind is not None:
+                self._add(_module_site(node))
 
-    def _wants_in_proj(self, node: _Node, found: dict[str, str], by_kind: bool) -> bool:
-        """Add the in_proj site of an attention if it is meant; True if the whole attention is meant."""
-        path = f"{node.path}.in_proj_weight" if node.path else "in_proj_weight"
-        named = dict.fromkeys(self.targets.find(path), path)
-        by_name = dict.fromkeys(self.parameters.find(path), path)
-        excluded = self._excluded(path, (), adaptable=True, module=node.module)
-        if self._excluded(node.path, node.aliases, adaptable=True, module=node.module):
-            self._miss(found | named, "is excluded")
-            return False
-        whole = bool(found or by_kind) and self._in_layers(node.path, found)
-        if not (whole or named or by_name):
-            return False
-        if excluded:
-            self._miss(named, "is excluded")
-        elif not self._in_layers(path, named | by_name | found):
-            self._miss(named, f"is outside layers={list(self.spec.layers or ())}")
-        elif getattr(node.module, "_qkv_same_embed_dim", True):
-            for entry in named:
-                self.targets.hit(entry)
-            for entry in by_name:
-                self.parameters.hit(entry)
+    def _attention(self, node: Node, whole: dict[str, bool]) -> None:
+        """Decide about an nn.MultiheadAttention: about its in_proj now, about its out_proj when the walk comes to it."""
+        path = node.path_of("in_proj_weight")
+        found, named = _find(self.targets, node.paths), _find(self.targets, [path])
+        by_parameter = _find(self.parameters, [path])
+        if self._excluded(node.paths, node):
+            whole[node.path] = False
+        elif (found or self.all_linear) and self._in_layers(node.path, found):
+            whole[node.path] = True
+        meant = {**(found if whole.get(node.path) else {}), **named, **by_parameter}
+        if not meant and not (self.all_linear and whole.get(node.path)):
+            self.targets.miss(
+                found, f"is outside layers={list(self.spec.layers or ())}" if node.path not in whole else "is excluded"
+            )
+            return
+        if self._excluded([path], node) or whole.get(node.path) is False:
+            self.targets.miss(found | named, "is excluded")
+            self.parameters.miss(by_parameter, "is excluded")
+        elif not (whole.get(node.path) or self._in_layers(path, meant)):
+            self.targets.miss(named, f"is outside layers={list(self.spec.layers or ())}")
+            self.parameters.miss(by_parameter, f"is outside layers={list(self.spec.layers or ())}")
+        elif node.module._parameters.get("in_proj_weight") is None:
+            self._in_proj_missing(node, path, bool(meant))
+        else:
             d = int(node.module.embed_dim)  # type: ignore[arg-type]
             self._add(Site(path, node.path, node.module, "in_proj_weight", "attention", d, 3 * d))
-        elif by_kind and not (found or named or by_name):
-            self.notes.append(f"{path!r} is not adapted: its query, key and value have different widths (kdim, vdim)")
-        else:
-            raise TargetError(
-                f"{node.path!r} is an nn.MultiheadAttention whose query, key and value have different widths: it has no "
-                "in_proj_weight to adapt. Name its out_proj alone, or exclude it"
-            )
-        return whole
+            for entry in named:
+                self.targets.hit(entry)
+            for entry in by_parameter:
+                self.parameters.hit(entry)
+        for entry in found if whole.get(node.path) else ():
+            self.targets.hit(entry)
 
-    def _parameters(self, node: _Node) -> None:
-        """Decide about the bare parameters of one module."""
-        for name, parameter in node.module._parameters.items():
-            if parameter is None:
+    def _in_proj_missing(self, node: Node, path: str, meant: bool) -> None:
+        if meant:
+            raise TargetError(
+                f"{node.path!r} is an nn.MultiheadAttention whose query, key and value have different widths (kdim, vdim): "
+                f"it has no in_proj_weight to adapt. Name {node.path_of('out_proj')!r} alone, or exclude it"
+            )
+        self.skipped.append(
+            f"{path!r} is not adapted: the query, key and value of this attention have different widths (kdim, vdim)"
+        )
+
+    def _parameters(self, node: Node) -> None:
+        """Decide about a module's bare parameters."""
+        if not self.parameters:
+            return
+        for name, parameter in node.parameters():
+            path = node.path_of(name)
+            found = _find(self.parameters, [path])
+            if not found or (node.kind == "attention" and name == "in_proj_weight"):
                 continue
-            path = f"{node.path}.{name}" if node.path else name
-            if self.parameters:
-                self._excluded(path, (), adaptable=parameter.ndim in (2, 3), module=None)
-            if not self.parameters or (node.kind == "attention" and name == "in_proj_weight"):
-                continue
-            found = dict.fromkeys(self.parameters.find(path), path)
-            if not found:
-                continue
-            if self.exclude.find(path):
-                self._miss(found, "is excluded", self.parameters)
+            if self._excluded([path], node):
+                self.parameters.miss(found, "is excluded")
             elif not self._in_layers(path, found):
-                self._miss(found, f"is outside layers={list(self.spec.layers or ())}", self.parameters)
+                self.parameters.miss(found, f"is outside layers={list(self.spec.layers or ())}")
             else:
                 for entry in found:
                     self.parameters.hit(entry)
-                if node.path in self.sites and name == "weight":
-                    raise TargetError(f"{path!r} is adapted twice: by target_parameters, and by targets as {node.path!r}. Keep one")
+                if name == "weight" and node.path in self.sites:
+                    raise TargetError(
+                        f"{path!r} is adapted twice: by target_parameters, and as {node.path!r} by targets. Keep one"
+                    )
                 self._add(_parameter_site(path, node, name, parameter, self.spec))
 
-    def _excluded(self, path: str, aliases: list[str] | tuple[()], *, adaptable: bool, module: nn.Module | None) -> bool:
-        found = [(entry, p) for p in (path, *aliases) for entry in self.exclude.find(p)] if self.exclude and path else []
-        for entry, p in found:
-            if adaptable:
+    def _excluded(self, paths: Iterable[str], node: Node) -> bool:
+        found = _find(self.exclude, paths) if self.exclude else {}
+        for entry in found:
+            if node.kind is not None or found[entry] not in node.paths:
                 self.exclude.hit(entry)
-            elif module is not None:
-                kind = "a container" if module._modules else f"a {type(module).__name__}"
-                self.exclude.miss(entry, f"{p!r} is {kind}, which is no site anyway")
+        what = (
+            f"is {'a container, ' if node.module._modules else 'a '}{type(node.module).__name__}, which is never a site"
+        )
+        self.exclude.miss(found, what)
         return bool(found)
 
-    def _in_layers(self, path: str, found: dict[str, str]) -> bool:
-        return any(entry == p for entry, p in found.items()) or self.layers.allow(path)
-
-    def _miss(self, found: dict[str, str], why: str, names: Names | None = None) -> None:
-        for entry, path in found.items():
-            (names or self.targets).miss(entry, f"{path!r} {why}")
+    def _in_layers(self, path: str, found: Mapping[str, str]) -> bool:
+        return any(entry == where for entry, where in found.items()) or self.layers.allow(path)
 
     def _add(self, site: Site) -> None:
-        if site.path in self.sites:
-            return
         rank = self.spec.rank_at(site.path)
         if rank % site.groups:
+            fitting = math.ceil(rank / site.groups) * site.groups
             raise SpecError(
                 f"rank {rank} at {site.path!r}: a convolution with {site.groups} groups needs a rank that is a multiple of "
-                f"{site.groups}; set rank_pattern={{{re.escape(site.path)!r}: {math.ceil(rank / site.groups) * site.groups}}} "
-                "or exclude it"
+                f"{site.groups}; set rank_pattern={{{re.escape(site.path)!r}: {fitting}}} or exclude it"
             )
         self.layers.count(site.path)
         self.sites[site.path] = site
 
-    # checks and notes
 
-    def _check(self) -> None:
-        """Every entry has to have yielded something."""
-        known = self._known()
-        for names in (self.targets, self.parameters, self.save, self.exclude):
-            lost = names.unmatched()
-            if lost:
-                raise TargetError(self._lost_message(names, lost, known))
-        if self.unfit:
-            raise TargetError(_unfit_message(self.unfit) + _linears(self.model))
-        missing = self.layers.missing()
-        if missing:
-            there = sorted(self.layers.seen)
-            raise TargetError(f"LoraSpec.layers: no site in layer {missing}; the sites that match lie in layers {there or 'without a number'}")
-        if not self.sites and not self.saved:
-            raise TargetError(f"LoraSpec.targets={self.spec.targets!r} adapts nothing in {type(self.model).__name__}.{_linears(self.model)}")
-        for name in ("rank_pattern", "alpha_pattern"):
-            lost = unmatched_patterns(getattr(self.spec, name), self.sites)
-            if lost:
-                hints = "".join(did_you_mean(key, {p.rpartition(".")[2] for p in self.sites}) for key in lost[:1])
-                raise TargetError(f"LoraSpec.{name}: {some_names(lost)} match no site.{hints} Sites: {some_names(self.sites)}")
-
-    def _known(self) -> set[str]:
-        paths = [node.path for node in self.nodes] + [f"{node.path}.{n}" for node in self.nodes for n in node.module._parameters]
-        return {".".join(path.split(".")[-count:]) for path in paths for count in (1, 2)}
-
-    def _lost_message(self, names: Names, lost: list[str], known: set[str]) -> str:
-        parts = []
-        for entry in lost:
-            why = names.reason(entry)
-            parts.append(f"{entry!r} {f'yields nothing: {why}' if why else f'matches nothing.{did_you_mean(entry, known)}'}")
-        message = f"LoraSpec.{names.field}: " + "; ".join(parts)
-        if names.regex is not None:
-            message += f" (one string is a regular expression over whole paths; a list, [{lost[0]!r}], holds names and suffixes)"
-        if names is self.exclude and names.regex is None and any(names.reason(entry) for entry in lost):
-            joined = "|".join(re.escape(entry) for entry in names.entries)
-            expression = rf"(.*\.)?({joined})(\..*)?"
-            message += f". To exclude all inside of it: exclude={expression!r}"
-        if names is self.targets and any(entry in self._parameter_tails() for entry in lost):
-            message += ". A bare parameter is named by target_parameters"
-        return message + ("" if names is self.exclude else _linears(self.model))
-
-    def _parameter_tails(self) -> set[str]:
-        return {tail for tail in self._known() if not tail.endswith(("weight", "bias"))} & {
-            suffix
-            for node in self.nodes
-            for name, value in node.module._parameters.items()
-            if value is not None and value.ndim in (2, 3)
-            for suffix in (name, f"{node.path.rpartition('.')[2]}.{name}")
-        }
-
-    def _say_shared(self) -> None:
-        """Notes about weights with several uses, and about experts that "all-linear" leaves out."""
-        for node in self.nodes:
-            if node.aliases and any(site.owner == node.path for site in self.sites.values()):
-                self.notes.append(f"{node.path!r} is one module that also stands at {some_names(node.aliases)}: it is adapted once")
-        for site in self.sites.values():
-            self._say_tied(site.path, getattr(site.module, site.weight_name), f"{site.owner}.{site.weight_name}", _SHARED)
-        for path in self.saved:
-            for name, parameter in self.model.get_submodule(path).named_parameters():
-                self._say_tied(path, parameter, f"{path}.{name}", _OWN_COPY)
-        if self.all_linear:
-            self._say_experts()
-        if self.spec.fan_in_fan_out is not None and self.sites:
-            fits = [s for s in self.sites.values() if s.kind in ("linear", "parameter") and s.transposed == self.spec.fan_in_fan_out]
-            if not fits:
-                self.notes.append(f"fan_in_fan_out={self.spec.fan_in_fan_out} has no effect: the layers' classes say how weights are stored")
-
-    def _say_tied(self, path: str, weight: object, own: str, text: str) -> None:
-        others = [use for use in self.uses.get(id(weight), ()) if use != own]
-        if others:
-            self.notes.append(f"{own!r} and {some_names(others)} are one tied weight: {text.format(path=path)}")
-
-    def _say_experts(self) -> None:
-        left = {}
-        for node in self.nodes:
-            for name, p in node.module._parameters.items():
-                stacked = p is not None and p.ndim == 3 and min(p.shape) > 1 and node.kind is None
-                if stacked and "expert" in node.path.lower() and f"{node.path}.{name}" not in self.sites:
-                    left[f"{node.path.rpartition('.')[2]}.{name}"] = f"{node.path}.{name}"
-        if left:
-            self.notes.append(
-                f"stacked experts are not adapted by 'all-linear' ({some_names(left.values(), 2)}); "
-                f"add target_parameters={sorted(left)} to adapt them"
-            )
-
-    def _biases(self, sites: tuple[Site, ...]) -> tuple[str, ...]:
-        if self.spec.bias == "none":
-            return ()
-        inside = tuple(f"{path}." for path in self.saved)
-        if self.spec.bias == "all":
-            found = [
-                f"{node.path}.{name}" if node.path else name
-                for node in self.nodes
-                if not f"{node.path}.".startswith(inside or ("\0",))
-                for name, p in node.module._parameters.items()
-                if p is not None and (name == "bias" or name.endswith("_bias"))
-            ]
-        else:
-            found = [f"{s.owner}.{name}" if s.owner else name for s in sites for name in _bias_names(s)]
-        if not found:
-            self.notes.append(f"bias={self.spec.bias!r} trains nothing: there is no such bias in the model")
-        return tuple(dict.fromkeys(found))
+def _find(names: Names, paths: Iterable[str]) -> dict[str, str]:
+    """Entries that match one of the paths, and which one."""
+    return {entry: path for path in paths for entry in names.find(path)}
 
 
-def _walk(model: nn.Module) -> Iterator[_Node]:
-    """All modules, depth first in model order, each once; weft's own children are left out."""
-    seen: dict[int, _Node] = {}
-    kinds: dict[type, str | None] = {}
-    order: list[_Node] = []
-
-    def visit(path: str, module: nn.Module, host: str | None, above: frozenset[int]) -> None:
-        node = seen.get(id(module))
-        if node is None:
-            cls = type(module)
-            if cls not in kinds:
-                kinds[cls] = _module_kind(module)
-            node = seen[id(module)] = _Node(path, module, kinds[cls], host=host)
-            order.append(node)
-        elif id(module) in above:
-            return
-        else:
-            node.aliases.append(path)
-        children = module._modules
-        if not children:
-            return
-        attached = getattr(type(module), "_weft_site", False)
-        above = above | {id(module)}
-        for name, child in children.items():
-            if child is None or (name == "weft" and (attached or type(child).__module__.startswith("weft."))):
-                continue
-            inner = path if node.kind == "attention" and name == "out_proj" else None
-            visit(f"{path}.{name}" if path else name, child, inner, above)
-
-    visit("", model, None, frozenset())
-    return iter(order)
-
-
-def _module_kind(module: nn.Module) -> str | None:
-    """How a module of this class is adapted; None: it can't be."""
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if isinstance(module, _CONVS):
-        return "conv"
-    if isinstance(module, nn.MultiheadAttention):
-        return "attention"
-    named = any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
-    return "conv1d" if named and getattr(getattr(module, "weight", None), "ndim", 0) == 2 else None
-
-
-def _module_site(node: _Node, spec: LoraSpec) -> Site:
+def _module_site(node: Node) -> Site:
     """The site of a module that is adapted as a whole."""
     module, path = node.module, node.path
-    weight = getattr(module, "weight", None)
+    weight = module._parameters.get("weight")
     if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise TargetError(f"{path!r} is a lazy {type(module).__name__} without a weight yet: run one forward pass first")
+        raise TargetError(
+            f"{path!r} is a lazy {type(module).__name__} without a weight yet: run one forward pass first"
+        )
     if isinstance(module, nn.Linear):
         return Site(path, path, module, "weight", "linear", module.in_features, module.out_features, host=node.host)
     if isinstance(module, nn.Embedding):
-        return Site(path, path, module, "weight", "embedding", module.num_embeddings, module.embedding_dim, transposed=True)
+        return Site(
+            path, path, module, "weight", "embedding", module.num_embeddings, module.embedding_dim, transposed=True
+        )
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         kernel = tuple(module.kernel_size)
         d_in = module.in_channels * math.prod(kernel)
-        return Site(path, path, module, "weight", "conv", d_in, module.out_channels, kernel=kernel, groups=module.groups)
-    assert isinstance(weight, Tensor)
+        return Site(
+            path, path, module, "weight", "conv", d_in, module.out_channels, kernel=kernel, groups=module.groups
+        )
+    assert weight is not None
     return Site(path, path, module, "weight", "linear", int(weight.shape[0]), int(weight.shape[1]), transposed=True)
 
 
-def _parameter_site(path: str, node: _Node, name: str, parameter: Tensor, spec: LoraSpec) -> Site:
+def _parameter_site(path: str, node: Node, name: str, parameter: Tensor, spec: LoraSpec) -> Site:
     """The site of a bare parameter: (d_out, d_in) or stacked experts (E, d_out, d_in)."""
     shape = tuple(int(size) for size in parameter.shape)
     if len(shape) not in (2, 3) or not parameter.is_floating_point():
@@ -474,57 +370,70 @@ def _parameter_site(path: str, node: _Node, name: str, parameter: Tensor, spec: 
             f"LoraSpec.target_parameters: {path!r} is {shape} of {parameter.dtype}; expected floating point numbers, "
             "(d_out, d_in) or stacked experts (E, d_out, d_in)"
         )
-    stored = bool(getattr(node.module, "is_transposed", False)) if len(shape) == 3 else False
-    transposed = stored if spec.fan_in_fan_out is None else spec.fan_in_fan_out
+    flipped = len(shape) == 3 and bool(getattr(node.module, "is_transposed", False))
+    transposed = flipped or spec.fan_in_fan_out is True
     d_in, d_out = (shape[-2], shape[-1]) if transposed else (shape[-1], shape[-2])
     experts = shape[0] if len(shape) == 3 else None
     return Site(path, node.path, node.module, name, "parameter", d_in, d_out, experts=experts, transposed=transposed)
 
 
-def _weight_uses(nodes: list[_Node]) -> dict[int, list[str]]:
-    """Paths by the identity of a parameter that several modules hold."""
-    uses: dict[int, list[str]] = {}
-    for node in nodes:
-        for name, parameter in node.module._parameters.items():
-            if parameter is not None:
-                uses.setdefault(id(parameter), []).append(f"{node.path}.{name}" if node.path else name)
-    return {key: paths for key, paths in uses.items() if len(paths) > 1}
-
-
-def _output_heads(nodes: list[_Node]) -> frozenset[int]:
-    """Identities of the output embeddings of the model and of every model inside of it."""
-    heads = set()
-    for node in nodes:
-        if hasattr(type(node.module), "get_output_embeddings"):
-            try:
-                heads.add(id(node.module.get_output_embeddings()))  # type: ignore[operator]
-            except (NotImplementedError, AttributeError):
-                continue
-    return frozenset(heads - {id(None)})
-
-
-def _bias_names(site: Site) -> list[str]:
-    stem = site.weight_name.removesuffix("_weight")
-    names = ["bias"] if site.weight_name == "weight" else [f"{stem}_bias"]
-    return [name for name in names if isinstance(getattr(site.module, name, None), nn.Parameter)]
-
-
-def _linears(model: nn.Module) -> str:
-    names = dict.fromkeys(n.path.rpartition(".")[2] for n in _walk(model) if n.kind in ("linear", "conv1d") and n.path)
-    return f" Linear layers here: {some_names(names, 12)}" if names else " There are no linear layers here"
-
-
-def _unfit_message(unfit: dict[str, nn.Module]) -> str:
-    """Modules that were named and can't be adapted, and what could be meant."""
-    parts = []
-    for path, module in list(unfit.items())[:4]:
-        inside = dict.fromkeys(n.path.rpartition(".")[2] for n in _walk(module) if n.kind is not None and n.path)
-        hint = f"; did you mean {some_names(inside, 8)} inside of it?" if inside else ""
-        bare = [name for name, p in module._parameters.items() if p is not None and p.ndim in (2, 3)]
-        hint += f"; its parameters {some_names(bare)} are named by target_parameters" if bare and not inside else ""
-        parts.append(f"{path!r} is {'a container, ' if module._modules else 'a '}{type(module).__name__}{hint}")
-    more = f" … and {len(unfit) - 4} more" if len(unfit) > 4 else ""
-    return (
-        f"LoraSpec.targets names what can't be adapted: {'; '.join(parts)}{more}. "
-        "Linear, Conv1D, Conv1d/2d/3d, Embedding and MultiheadAttention can."
+def _biases(search: _Search, sites: tuple[Site, ...]) -> tuple[str, ...]:
+    """Full paths of the biases that `spec.bias` trains; those of modules that are trained whole are in there already."""
+    if search.spec.bias == "none":
+        return ()
+    if search.spec.bias == "lora_only":
+        named = (
+            (s, "bias" if s.weight_name == "weight" else f"{s.weight_name.removesuffix('_weight')}_bias") for s in sites
+        )
+        return tuple(f"{s.owner}.{name}".lstrip(".") for s, name in named if s.module._parameters.get(name) is not None)
+    inside = tuple(f"{path}." for path in search.saved)
+    nodes = (node for node in search.nodes if not f"{node.path}.".startswith(inside or ("\0",)))
+    return tuple(
+        n.path_of(name) for n in nodes for name, _ in n.parameters() if name == "bias" or name.endswith("_bias")
     )
+
+
+def _notes(search: _Search, sites: tuple[Site, ...], biases: tuple[str, ...]) -> list[str]:
+    """What the user has to know about a spec that is fine."""
+    notes = list(search.skipped)
+    owners = {site.owner for site in sites}
+    notes += [
+        f"{node.path!r} is one module that also stands at {some_names(node.aliases)}: it is adapted once"
+        for node in search.nodes
+        if node.aliases and node.path in owners
+    ]
+    uses = shared_weights(search.nodes)
+    tied = [(site.path, site.weight, site.weight_path, _SHARED) for site in sites] if uses else []
+    for path in search.saved if uses else ():
+        whole = search.model.get_submodule(path)
+        tied += [(path, parameter, f"{path}.{name}", _OWN_COPY) for name, parameter in whole.named_parameters()]
+    for path, weight, own, text in tied:
+        others = [use for use in uses.get(id(weight), ()) if use != own]
+        if others:
+            notes.append(f"{own!r} and {some_names(others)} are one tied weight: {text.format(path=path)}")
+    if search.all_linear:
+        notes += _experts_left_out(search)
+    if search.spec.bias != "none" and not biases:
+        notes.append(f"bias={search.spec.bias!r} trains nothing: there is no such bias in the model")
+    fan = search.spec.fan_in_fan_out
+    if fan is not None and not any(site.kind in ("linear", "parameter") and site.transposed is fan for site in sites):
+        notes.append(
+            f"fan_in_fan_out={fan} has no effect here: the classes of the layers say how their weights are stored"
+        )
+    return notes
+
+
+def _experts_left_out(search: _Search) -> list[str]:
+    left = {
+        f"{node.path.rpartition('.')[2]}.{name}": node.path_of(name)
+        for node in search.nodes
+        if node.kind is None and "expert" in node.path.lower()
+        for name, parameter in node.parameters()
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and node.path_of(name) not in search.sites
+    }
+    if not left:
+        return []
+    return [
+        f"the stacked experts {some_names(left.values(), 2)} are not adapted: 'all-linear' means modules; "
+        f"add target_parameters={sorted(left)} to adapt them"
+    ]
