@@ -35,6 +35,7 @@ class Fingerprint:
         layout: sha256 over names and shapes of all weights.
         weights: sha256 over the bytes of all weights, in the order of their names.
         dtype: dtype of the largest share of the weights, as text.
+        rounded: like ``weights``, over values rounded to bfloat16: one base, loaded at another precision, keeps it.
         sampled: only a sample of the bytes was hashed (huge models).
         name: what it was loaded from; for people, not compared.
         commit: hub commit, where there was one; for people, not compared.
@@ -45,6 +46,7 @@ class Fingerprint:
     layout: str
     weights: str
     dtype: str
+    rounded: str = ""
     sampled: bool = False
     name: str | None = None
     commit: str | None = None
@@ -88,17 +90,19 @@ def fingerprint(model: nn.Module, weights: Iterable[tuple[str, Tensor]] | None =
     named = sorted(weights if weights is not None else model.state_dict().items(), key=lambda item: item[0])
     total = sum(tensor.numel() * tensor.element_size() for _, tensor in named)
     sampled = total > SAMPLE_ABOVE_BYTES
-    layout, content = hashlib.sha256(), hashlib.sha256()
+    layout, content, rounded = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     by_dtype: dict[str, int] = {}
-    seen: dict[int, str] = {}
+    seen: dict[int, tuple[str, str]] = {}
     for name, tensor in named:
         layout.update(f"{name}:{tuple(tensor.shape)};".encode())
         dtype = str(tensor.dtype).removeprefix("torch.")
         by_dtype[dtype] = by_dtype.get(dtype, 0) + tensor.numel()
         key = tensor.data_ptr() if tensor.device.type != "meta" and tensor.numel() else 0
         if not key or key not in seen:
-            seen[key] = hash_tensor(tensor, sample=sampled)
-        content.update(f"{name}:{seen[key]};".encode())
+            short = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+            seen[key] = hash_tensor(tensor, sample=sampled), hash_tensor(short, sample=sampled)
+        content.update(f"{name}:{seen[key][0]};".encode())
+        rounded.update(f"{name}:{seen[key][1]};".encode())
     config = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else None
     return Fingerprint(
@@ -107,6 +111,7 @@ def fingerprint(model: nn.Module, weights: Iterable[tuple[str, Tensor]] | None =
         layout=layout.hexdigest(),
         weights=content.hexdigest(),
         dtype=max(by_dtype, key=lambda dtype: by_dtype[dtype]) if by_dtype else "none",
+        rounded=rounded.hexdigest(),
         sampled=sampled,
         name=getattr(model, "name_or_path", None) or getattr(config, "_name_or_path", None) or None,
         commit=getattr(config, "_commit_hash", None),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from weft.errors import NotFiniteError, ShapeError
 
-__all__ = ["Factors", "Kind", "concat", "truncate"]
+__all__ = ["Factors", "Kind", "compact_groups", "concat", "spread_groups", "truncate"]
 
 Kind = Literal["linear", "conv", "embedding", "attention", "parameter"]
 
@@ -173,3 +173,27 @@ def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
     error = math.sqrt(max(0.0, float(S[..., keep:].square().sum())) / total) if total else 0.0
     dtype = factors.A.dtype
     return replace(factors, A=A.to(dtype).contiguous(), B=B.to(dtype).contiguous(), scale=1.0), error
+
+
+def spread_groups(B: Tensor, groups: int) -> Tensor:
+    """B of a grouped convolution, (d_out, r / groups) by group, as one block-diagonal (d_out, r)."""
+    return B if groups == 1 else torch.block_diag(*B.chunk(groups, dim=0))
+
+
+def compact_groups(B: Tensor, groups: int) -> Tensor:
+    """The inverse of `spread_groups`.
+
+    Raises:
+        ShapeError: B has numbers outside its blocks, or sizes that the groups don't divide.
+    """
+    if groups == 1:
+        return B
+    d_out, rank = B.shape
+    if d_out % groups or rank % groups:
+        raise ShapeError(f"B is {tuple(B.shape)}: {groups} groups divide neither or only one of its sides")
+    rows, columns = d_out // groups, rank // groups
+    blocks = [B[k * rows : (k + 1) * rows, k * columns : (k + 1) * columns] for k in range(groups)]
+    compact = torch.cat(blocks)
+    if not torch.equal(spread_groups(compact, groups), B):
+        raise ShapeError(f"B is {tuple(B.shape)} with numbers outside of its {groups} diagonal blocks: no update of a grouped convolution")
+    return compact

@@ -1,0 +1,74 @@
+"""LoRA-dropout that keeps what was dropped, not a copy of what was left.
+
+A mask is drawn once in the forward and kept for the backward, in the smallest form for the probability: below
+`SPARSE_BELOW` the positions of the dropped elements (their gaps are geometric, so one random number a *dropped*
+element is enough), above it one byte an element. Neither depends on the values, and both follow torch's generator,
+so that gradient checkpointing draws the same mask again.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["SPARSE_BELOW", "draw", "drop", "drop_"]
+
+SPARSE_BELOW = 0.13
+"""Below this probability positions are smaller than bytes, and cheaper to draw. CPU only: a GPU draws bytes faster."""
+
+
+def draw(like: Tensor, p: float) -> Tensor:
+    """Draw which elements of a contiguous tensor are dropped, each with probability ``p``, independently.
+
+    Returns:
+        either positions of dropped elements, int32 or int64 (n_dropped,), ascending, or a bool mask shaped as ``like``
+        that is True where an element is dropped.
+
+    Source:
+        Hu et al. 2021, arXiv:2106.09685 (dropout on the input of A). Gaps of Bernoulli trials are geometric:
+        Devroye 1986, Non-Uniform Random Variate Generation, chapter X.2.
+    """
+    if like.device.type == "cpu" and p < SPARSE_BELOW:
+        return _positions(like.numel(), p)
+    return torch.rand(like.shape, device=like.device) < p
+
+
+def _positions(n: int, p: float) -> Tensor:
+    """Positions in 0 … n-1 that are dropped: the running sum of geometric gaps."""
+    found: list[Tensor] = []
+    start = -1
+    while start < n - 1:
+        expected = (n - 1 - start) * p
+        gaps = _geometric(int(expected + 6 * math.sqrt(expected) + 8), p)
+        places = gaps.cumsum(0).add_(start)
+        start = int(places[-1])
+        found.append(places[: int(torch.searchsorted(places, n))] if start >= n else places)
+    places = found[0] if len(found) == 1 else torch.cat(found)
+    return places.to(torch.int32) if n < 2**31 else places
+
+
+def _geometric(count: int, p: float) -> Tensor:
+    """Independent gaps 1, 2, … with P(gap = k) = p (1 - p)^(k - 1): (count,) int32.
+
+    One 64-bit draw makes two 31-bit uniforms: drawing dominates the cost of dropout on a CPU.
+    """
+    bits = torch.empty((count + 1) // 2, dtype=torch.int64).random_(-(2**63), None).view(torch.int32)[:count]
+    uniform = bits.bitwise_and(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_max_(1.0)
+    return uniform.log_().div_(math.log1p(-p)).floor_().to(torch.int32).add_(1)
+
+
+def drop(x: Tensor, dropped: Tensor) -> Tensor:
+    """A copy of ``x`` with zeros where it was dropped. Not rescaled: the caller folds 1 / (1 - p) into its scale."""
+    if dropped.dtype == torch.bool:
+        return x.masked_fill(dropped, 0)
+    return drop_(x.clone(memory_format=torch.contiguous_format), dropped)
+
+
+def drop_(x: Tensor, dropped: Tensor) -> Tensor:
+    """Like `drop`, in place; ``x`` must be contiguous."""
+    if dropped.dtype == torch.bool:
+        return x.masked_fill_(dropped, 0)
+    x.view(-1).index_fill_(0, dropped.long(), 0)
+    return x

@@ -1,0 +1,182 @@
+"""Sites that share an input are computed together, and a SwiGLU block is computed whole.
+
+A block's forward calls ``q_proj(x)``, ``k_proj(x)``, ``v_proj(x)`` one after another with one and the same tensor. The first call computes
+all of them as one autograd node; the others find their result waiting. If a block turns out to call them with different inputs (cross
+attention), its group is dissolved at once and each site goes its own way. Results never depend on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core import ops
+from weft.core.gated_mlp import gated_mlp
+from weft.core.layers import adapted_linear, is_ours, operand
+from weft.core.slots import Placed, State, place
+
+__all__ = ["GatedMLPSite", "Group", "form_groups"]
+
+SIBLINGS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("to_q", "to_k", "to_v"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+"""Names of children that usually get the same tensor; a wrong guess costs one product once, see `Group`."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Results of one call that siblings will ask for."""
+
+    x: Tensor
+    key: tuple[Any, ...]
+    outputs: dict[int, Tensor]
+
+
+class Group:
+    """Linear sites below one parent that share their input."""
+
+    def __init__(self, members: list[tuple[nn.Module, Placed]]) -> None:
+        self.members = members
+        self.waiting: _Waiting | None = None
+
+    def __call__(self, placed: Placed, x: Tensor) -> Tensor:
+        """The output of one member: (..., d_in) -> (..., d_out)."""
+        waiting, key = self.waiting, self._key(x)
+        if waiting is not None and waiting.x is x and waiting.key == key and id(placed) in waiting.outputs:
+            found = waiting.outputs.pop(id(placed))
+            if not waiting.outputs and self.waiting is waiting:
+                self.waiting = None
+            return found
+        if waiting is not None and waiting.x is not x and waiting.outputs:
+            self.dissolve()
+            return self._alone(placed, x)
+        if not all(other.active is not None and other.active.plain and not _is_watched(module) for module, other in self.members):
+            return self._alone(placed, x)
+        results = ops.linears(x, [operand(module, other) for module, other in self.members])
+        outputs = {id(other): result for (_, other), result in zip(self.members, results, strict=True)}
+        found = outputs.pop(id(placed))
+        self.waiting = _Waiting(x, key, outputs)
+        return found
+
+    def dissolve(self) -> None:
+        """Each member on its own from now on."""
+        self.waiting = None
+        for _, placed in self.members:
+            placed.group = None
+
+    def _alone(self, placed: Placed, x: Tensor) -> Tensor:
+        module = next(module for module, other in self.members if other is placed)
+        return adapted_linear(module, placed, x)
+
+    def _key(self, x: Tensor) -> tuple[Any, ...]:
+        """What must be the same for a waiting result to be the result."""
+        versions = 0 if x.is_inference() else x._version
+        slots: list[Any] = [torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), versions]
+        for module, placed in self.members:
+            slot = placed.active
+            slots += [id(slot), module.training]
+            if slot is not None and not slot.lora_A.is_inference():  # type: ignore[union-attr,operator]
+                slots += [slot.lora_A._version, slot.lora_B._version]  # type: ignore[union-attr]
+        return tuple(slots)
+
+
+class GatedMLPSite(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
+    """A block ``down_proj(act(gate_proj(x)) * up_proj(x))`` with SiLU, computed whole."""
+
+    _weft: State
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        children: tuple[nn.Module, ...] = (self.gate_proj, self.up_proj, self.down_proj)  # type: ignore[assignment]
+        if torch.compiler.is_compiling() or not all(_fits(child) for child in children):
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        placed = [child._weft.sites["weight"] if "_weft" in child.__dict__ else None for child in children]
+        if not torch.is_grad_enabled() or all(item is None or item.active is None for item in placed):
+            return super().forward(x)  # type: ignore[misc,no-any-return]
+        gate, up, down = (_operand(child, item) for child, item in zip(children, placed, strict=True))
+        return gated_mlp(x, gate, up, down)
+
+
+def _operand(child: nn.Module, placed: Placed | None) -> ops.Operand:
+    if placed is None:
+        return ops.Operand(child.weight, child.bias, None, None)  # type: ignore[arg-type]
+    return operand(child, placed)
+
+
+def _fits(child: nn.Module) -> bool:
+    """A plain product whose hooks nobody would miss."""
+    if _is_watched(child):
+        return False
+    state: State | None = child.__dict__.get("_weft")
+    if state is None:
+        return type(child) is nn.Linear
+    placed = state.sites.get("weight")
+    return placed is not None and is_ours(child, placed) and (placed.active is None or placed.active.plain)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Hooks on the module, or a forward on the object: both need the real call."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                or module._backward_pre_hooks or "forward" in module.__dict__)  # fmt: skip
+
+
+def _assigned(self, x):  # type: ignore[no-untyped-def]  # the two usual ways to write this block, to be recognised by
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+
+
+def _returned(self, x):  # type: ignore[no-untyped-def]
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+_SIGNATURES = {(form.__code__.co_code, form.__code__.co_names) for form in (_assigned, _returned)}
+
+
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether the block's forward is, instruction for instruction, the SwiGLU that `gated_mlp` computes."""
+    state: State | None = module.__dict__.get("_weft")
+    code = getattr((type(module) if state is None else state.original).forward, "__code__", None)
+    if code is None or (code.co_code, code.co_names) not in _SIGNATURES:
+        return False
+    act = getattr(module, "act_fn", None)
+    if not callable(act):
+        return False
+    probe = torch.linspace(-4, 4, 9)
+    return torch.equal(act(probe), torch.nn.functional.silu(probe))
+
+
+def form_groups(model: nn.Module, parents: dict[str, dict[str, tuple[nn.Module, Placed]]]) -> list[nn.Module]:
+    """Group sites below the same parent, and take over whole SwiGLU blocks.
+
+    Args:
+        model: the base.
+        parents: linear sites by path of the parent and name of the child.
+
+    Returns:
+        the blocks that were placed, to be restored on detach.
+    """
+    blocks = []
+    for path, children in parents.items():
+        for names in SIBLINGS:
+            members = [children[name] for name in names if name in children]
+            fits = [(module, placed) for module, placed in members if is_ours(module, placed)]
+            if len(fits) > 1 and len({placed.site.d_in for _, placed in fits}) == 1:
+                group = Group(fits)
+                for _, placed in fits:
+                    placed.group = group
+        if "gate_proj" in children or "up_proj" in children or "down_proj" in children:
+            block = model.get_submodule(path)
+            if is_gated_mlp(block):
+                place(block, GatedMLPSite)
+                blocks.append(block)
+    return blocks

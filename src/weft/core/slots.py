@@ -1,0 +1,189 @@
+"""What stands at a site: a module keeps its identity and its weights, only its class is swapped for a subclass.
+
+The subclass adds one attribute for weft's state (``_weft``) and one child (``weft``) with the slots' parameters, so a slot's
+factors are at ``<path>.weft.<slot>.lora_A``. Taking both away and putting the class back gives the module that was there.
+This module does not know what any forward computes.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.core.factors import Factors
+from weft.core.sites import Site
+from weft.errors import BankError
+
+__all__ = ["Placed", "Slot", "State", "hold", "let_go", "place", "restore", "slot_key"]
+
+
+class Slot(nn.Module):
+    """The tensors of one adapter at one site (or at a module of which only a bias is trained).
+
+    Attributes:
+        lora_A: (r, d_in), (E, r, d_in), or (r, in_channels, *kernel) for a convolution; lora_B to match.
+        magnitude: (d_out,), DoRA's, or None. bias: (d_out,), B's own, or None.
+        start_A, start_B: a starting product that is subtracted (PiSSA, OLoRA, LoRA-GA), so that the base stays as it is.
+        scale, dropout: numbers.
+    """
+
+    def __init__(self, scale: float = 1.0, dropout: float = 0.0, trainable: bool = True) -> None:
+        super().__init__()
+        self.scale = scale
+        self.dropout = dropout
+        self.trainable = trainable
+
+    def put(self, name: str, tensor: Tensor | None) -> None:
+        """Register a tensor as a parameter of the slot; None leaves the name empty."""
+        value = None if tensor is None else nn.Parameter(tensor, requires_grad=self.trainable)
+        self.register_parameter(name, value)
+
+    def fill(self, factors: Factors, start: tuple[Tensor, Tensor] | None = None) -> Slot:
+        """Take the tensors of ``factors``; ``start`` is (start_A, start_B)."""
+        for name, tensor in (("lora_A", factors.A), ("lora_B", factors.B), ("magnitude", factors.magnitude),
+                             ("bias", factors.bias)):  # fmt: skip
+            self.put(name, tensor)
+        self.register_buffer("start_A", start[0] if start else None)
+        self.register_buffer("start_B", start[1] if start else None)
+        return self
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B as the forward uses them: with a starting product, its negative is appended (rank 2r)."""
+        A, B = self.lora_A, self.lora_B
+        assert isinstance(A, Tensor) and isinstance(B, Tensor)
+        if self.start_A is None or self.start_B is None:
+            return A, B
+        assert isinstance(self.start_A, Tensor) and isinstance(self.start_B, Tensor)
+        return torch.cat([A, self.start_A.to(A.dtype)], dim=-2), torch.cat([B, -self.start_B.to(B.dtype)], dim=-1)
+
+    @property
+    def plain(self) -> bool:
+        """No magnitude and no bias: ``scale · B @ A`` is all."""
+        return self.magnitude is None and self.bias is None
+
+
+@dataclass(eq=False)
+class Placed:
+    """One site of the running model: its slots, and the one that is in use.
+
+    Attributes:
+        site: what `find_sites` said of it.
+        slots: by adapter.
+        active: the slot that the next forward uses; None: the base.
+        group: sites that share this one's input, see `weft.core.groups`.
+    """
+
+    site: Site
+    slots: dict[str, Slot] = field(default_factory=dict)
+    active: Slot | None = None
+    group: Any = None
+
+
+@dataclass(eq=False)
+class State:
+    """weft's state of one module, found at ``module._weft``.
+
+    Attributes:
+        original: the module's own class.
+        sites: sites by the name of the weight (``"weight"``, ``"gate_up_proj"``).
+        values: what a property of that name gives instead of the base's parameter; None: the base's.
+        whole: copies of the module that are trained whole, by adapter; ``active_whole`` is the one in use.
+        extra: room for a flavour's own things.
+    """
+
+    original: type
+    mixins: tuple[type, ...] = ()
+    sites: dict[str, Placed] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    whole: dict[str, nn.Module] = field(default_factory=dict)
+    active_whole: nn.Module | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def slot_key(name: str) -> str:
+    """An adapter's name as the module tree allows it."""
+    return name.replace("%", "%25").replace(".", "%2E")
+
+
+def place(module: nn.Module, mixin: type | None = None, properties: tuple[str, ...] = ()) -> State:
+    """Give a module weft's state; idempotent, and additive in mixins and properties.
+
+    Args:
+        module: any module.
+        mixin: adds a forward, or None.
+        properties: names of parameters that the state may override.
+
+    Raises:
+        BankError: the module's forward was replaced on the object itself by something that would hide ours.
+    """
+    state = module.__dict__.get("_weft")
+    if state is None:
+        state = State(type(module))
+        _check_forward(module, mixin)
+        module.__dict__["_weft"] = state
+    if mixin is not None and mixin not in state.mixins:
+        state.mixins = (mixin, *state.mixins)
+    for name in properties:
+        state.values.setdefault(name, None)
+    module.__class__ = _subclass(state.original, state.mixins, tuple(state.values))
+    return state
+
+
+def hold(module: nn.Module, key: str, child: nn.Module) -> None:
+    """Put a slot (or a copy that is trained whole) into the module tree, at ``<module>.weft.<key>``."""
+    holder = module._modules.get("weft")
+    if holder is None:
+        holder = nn.Module()
+        module.add_module("weft", holder)
+    holder.add_module(key, child)
+
+
+def let_go(module: nn.Module, key: str) -> None:
+    """Take it out again; the last one takes the holder with it."""
+    holder = module._modules.get("weft")
+    if holder is not None:
+        holder._modules.pop(key, None)
+        if not holder._modules:
+            del module._modules["weft"]
+
+
+def restore(module: nn.Module) -> None:
+    """Give a module back its class, and take weft's state and slots from it."""
+    state = module.__dict__.pop("_weft", None)
+    if state is None:
+        return
+    module.__class__ = state.original
+    module._modules.pop("weft", None)
+
+@functools.cache
+def _subclass(original: type, mixins: tuple[type, ...], properties: tuple[str, ...]) -> type:
+    body: dict[str, Any] = {name: _override(name) for name in properties}
+    body |= {"_weft_site": True, "__module__": original.__module__, "__doc__": original.__doc__}
+    return type(original.__name__, (*mixins, original), body)
+
+
+def _override(name: str) -> property:
+    """Reading the parameter gives what the state says: None the base's, a tensor itself, a function its result."""
+
+    def get(self: nn.Module) -> Any:
+        value = self._weft.values[name]  # type: ignore[union-attr]
+        base = self._parameters[name]
+        if value is None:
+            return base
+        return value if isinstance(value, Tensor) else value(base)
+
+    return property(get)
+
+
+def _check_forward(module: nn.Module, mixin: type | None) -> None:
+    """A ``forward`` on the object hides a class's, and an adapter there would silently do nothing."""
+    if mixin is not None and "forward" in module.__dict__:
+        raise BankError(
+            f"{type(module).__name__}.forward was replaced on the object itself (by a monkey patch, or by accelerate's offloading "
+            "hooks), so an adapter at this site would do nothing; attach first and dispatch after, or leave the site out "
+            "with exclude=[…]"
+        )
