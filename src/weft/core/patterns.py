@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from weft.errors import SpecError, TargetError
+from weft.errors import SpecError
 
 __all__ = ["Layers", "Names", "unmatched_patterns"]
 
@@ -22,9 +22,6 @@ class Names:
     Args:
         field: the spec's field, for messages.
         patterns: see above; an empty string or tuple matches nothing.
-
-    Raises:
-        TargetError: the string is no regular expression.
     """
 
     def __init__(self, field: str, patterns: str | tuple[str, ...]) -> None:
@@ -35,10 +32,7 @@ class Names:
         self._hits: set[str] = set()
         self._reasons: dict[str, str] = {}
         if isinstance(patterns, str) and patterns:
-            try:
-                self.regex = re.compile(patterns)
-            except re.error as problem:
-                raise TargetError(f"LoraSpec.{field}={patterns!r} is no regular expression: {problem}") from None
+            self.regex = re.compile(patterns)
         else:
             for entry in self.entries:
                 self._tails.setdefault(entry.rpartition(".")[2], []).append(entry)
