@@ -387,17 +387,14 @@ def _cpu(tensor: Tensor) -> Tensor:
 
 def _start_slot(site: Site, spec: LoraSpec, start: Start) -> Slot:
     """A trainable slot from an initialisation."""
-    rank = int(start.A.shape[-2])
-    slot = Slot(spec.scale_at(site.path, rank), spec.dropout)
-    magnitude = None
-    if spec.dora:
-        magnitude = _norms(site).to(start.A.dtype)
-    bias = start.B.new_zeros(site.d_out) if spec.lora_bias else None
-    factors = Factors(start.A, start.B, slot.scale, site.kind, site.kernel, magnitude, bias)
+    A, B = _native(site, start.A, start.B)
+    magnitude = _norms(site).to(A.dtype) if spec.dora else None
+    bias = B.new_zeros(site.d_out) if spec.lora_bias else None
     pair = None
     if start.start_A is not None and start.start_B is not None:
         pair = _native(site, start.start_A, start.start_B)
-    return _fill(slot, site, factors, pair)
+    scale = spec.scale_at(site.path, int(start.A.shape[-2]))
+    return Slot(A, B, scale, magnitude=magnitude, bias=bias, dropout=spec.dropout, start=pair)
 
 
 def _loaded_slot(site: Site, adapter: Adapter, trainable: bool, dtype: torch.dtype) -> Slot:
@@ -405,16 +402,9 @@ def _loaded_slot(site: Site, adapter: Adapter, trainable: bool, dtype: torch.dty
     loading.check_shape(site, factors)
     device = site.module._parameters[site.weight_name].device  # type: ignore[union-attr]
     moved = factors.map(lambda tensor: tensor.detach().to(device, dtype, copy=True))
-    return _fill(Slot(factors.scale, adapter.spec.dropout, trainable), site, moved, None)
-
-
-def _fill(slot: Slot, site: Site, factors: Factors, start: tuple[Tensor, Tensor] | None) -> Slot:
-    """Tensors in the shapes that the layer's forward wants."""
-    slot.fill(factors, start)
-    A, B = _native(site, factors.A, factors.B)
-    slot.put("lora_A", A)
-    slot.put("lora_B", B)
-    return slot
+    A, B = _native(site, moved.A, moved.B)
+    tensors = {"magnitude": moved.magnitude, "bias": moved.bias}
+    return Slot(A, B, factors.scale, **tensors, dropout=adapter.spec.dropout, trainable=trainable)
 
 
 def _native(site: Site, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

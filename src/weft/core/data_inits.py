@@ -92,7 +92,10 @@ def eva(plan: Plan) -> Start:
         arXiv:2410.07170.
     """
     assert plan.statistics is not None
-    return plan.start(plan.statistics.to(plan.site.weight.device), plan.zeros(plan.shape_B))
+    axes = plan.statistics.to(
+        plan.site.weight.device, plan.dtype, copy=True
+    )  # sites that share their input share the original
+    return plan.start(axes, plan.zeros(plan.shape_B))
 
 
 def _lora_ga_statistics(sites: tuple[Site, ...], data: Data) -> Iterator[tuple[Site, int, Tensor]]:

@@ -67,7 +67,7 @@ def collect_activations(
                 handle = site.module.register_forward_pre_hook(watch.hook(site), with_kwargs=True)
                 hooks.callback(handle.remove)
             for batch in batches:
-                watch.masks = _masks(model, batch)
+                watch.masks, watch.last = _masks(model, batch), None
                 _call(model, batch)
         wrong = watch.not_shared()
         if not wrong:
@@ -93,7 +93,7 @@ class _Inputs:
         self.axes_of: dict[str, PrincipalAxes] = {}
         self.leader: dict[str, str] = {}
         self.calls: dict[str, int] = {}
-        self.last: tuple[str, Tensor] | None = None
+        self.last: tuple[str, Tensor, int] | None = None
         self.wrong: set[str] = set()
 
     def hook(self, site: Site) -> Any:
@@ -109,15 +109,17 @@ class _Inputs:
             return
         path, x = site.path, used[0]
         self.calls[path] = self.calls.get(path, 0) + 1
-        same = self.last is not None and self.last[1] is x and site.kind == "linear" and path not in self.apart
+        version = -1 if x.is_inference() else x._version
+        shares = site.kind == "linear" and path not in self.apart
+        before = self.last[0] if shares and self.last and self.last[1] is x and self.last[2] == version else path
         if path not in self.leader:
-            self.leader[path] = self.last[0] if same and self.last else path
-            self.axes_of[path] = self.axes_of.get(self.leader[path]) or PrincipalAxes(self.keep)
+            self.leader[path] = before
+            self.axes_of[path] = self.axes_of[before] if before != path else PrincipalAxes(self.keep)
         if self.leader[path] != path:
-            if not same or self.last is None or self.last[0] != self.leader[path]:
+            if before != self.leader[path]:
                 self.wrong.add(path)
             return
-        self.last = (path, x) if site.kind == "linear" else None
+        self.last = (path, x, version) if site.kind == "linear" else None
         for item in dict.fromkeys(used):
             rows = _rows(site, item, self.masks)
             if rows.shape[0]:
@@ -157,10 +159,10 @@ def _masks(model: nn.Module, batch: Any) -> list[Tensor]:
     """Masks of the tokens that count, (rows, length): of the encoder (or only) sequence first, of a decoder's last."""
     if not isinstance(batch, Mapping):
         return []
-    mask, labels = _matrix(batch.get("attention_mask")), _matrix(batch.get("labels"))
+    mask, labels, own = (_matrix(batch.get(name)) for name in ("attention_mask", "labels", "decoder_attention_mask"))
+    mask = None if mask is None else mask.bool()
     kept = None if labels is None else labels != _IGNORED
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        own = _matrix(batch.get("decoder_attention_mask"))
         return [item for item in (mask, kept if own is None else own.bool()) if item is not None]
     if mask is not None and kept is not None and mask.shape == kept.shape:
         return [mask & kept]

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weft.core.factors import Factors
 from weft.core.sites import Site
 from weft.errors import BankError
 
@@ -31,25 +30,27 @@ class Slot(nn.Module):
         scale, dropout: numbers.
     """
 
-    def __init__(self, scale: float = 1.0, dropout: float = 0.0, trainable: bool = True) -> None:
+    scale: float
+    dropout: float
+
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        *,
+        magnitude: Tensor | None = None,
+        bias: Tensor | None = None,
+        dropout: float = 0.0,
+        start: tuple[Tensor, Tensor] | None = None,
+        trainable: bool = True,
+    ) -> None:
         super().__init__()
-        self.scale = scale
-        self.dropout = dropout
-        self.trainable = trainable
-
-    def put(self, name: str, tensor: Tensor | None) -> None:
-        """Register a tensor as a parameter of the slot; None leaves the name empty."""
-        value = None if tensor is None else nn.Parameter(tensor, requires_grad=self.trainable)
-        self.register_parameter(name, value)
-
-    def fill(self, factors: Factors, start: tuple[Tensor, Tensor] | None = None) -> Slot:
-        """Take the tensors of ``factors``; ``start`` is (start_A, start_B)."""
-        for name, tensor in (("lora_A", factors.A), ("lora_B", factors.B), ("magnitude", factors.magnitude),
-                             ("bias", factors.bias)):  # fmt: skip
-            self.put(name, tensor)
-        self.register_buffer("start_A", start[0] if start else None)
-        self.register_buffer("start_B", start[1] if start else None)
-        return self
+        names = {"lora_A": A, "lora_B": B, "magnitude": magnitude, "bias": bias}
+        for name, tensor in names.items():  # register_parameter's checks would be half of the time of an attach
+            self._parameters[name] = None if tensor is None else nn.Parameter(tensor, requires_grad=trainable)
+        self._buffers["start_A"], self._buffers["start_B"] = start or (None, None)
+        self.__dict__.update(scale=scale, dropout=dropout)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B as the forward uses them: with a starting product, its negative is appended (rank 2r)."""
