@@ -1,0 +1,128 @@
+"""The loss curve of a run as an SVG picture, drawn with nothing but text.
+
+Knows the lines of a log, not how they came about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+__all__ = ["loss_curve"]
+
+WIDTH, HEIGHT = 720, 400
+LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 48
+TRAIN, EVAL, BEST, GRID, INK = "#9aa5b1", "#c2410c", "#0f766e", "#e5e7eb", "#374151"
+
+Point = tuple[float, float]
+
+
+def loss_curve(lines: Iterable[Mapping[str, Any]], title: str, best_step: int | None = None) -> str:
+    """Training loss (thin, and smoothed), evaluation loss and the best checkpoint, over steps.
+
+    Args:
+        lines: lines of a log: ``{"step", "loss"}`` and ``{"step", "eval_loss"}``; others are passed over.
+        title: headline of the picture.
+        best_step: step whose checkpoint was kept.
+
+    Returns:
+        A complete SVG document; it says so where there is nothing to draw.
+    """
+    rows = list(lines)
+    train = _points(rows, "loss")
+    evaluated = _points(rows, "eval_loss")
+    everything = train + evaluated
+    body = [f'<text x="{LEFT}" y="28" font-size="16" fill="{INK}">{escape(title)}</text>']
+    if not everything:
+        body.append(f'<text x="{LEFT}" y="{HEIGHT // 2}" fill="{INK}">nothing was logged</text>')
+        return _document(body)
+    steps = _ticks(min(x for x, _ in everything), max(x for x, _ in everything), 8, whole=True)
+    losses = _ticks(min(y for _, y in everything), max(y for _, y in everything), 6)
+    place = _scale(steps, losses)
+    body += _axes(steps, losses, place)
+    if train:
+        body.append(_line(train, place, TRAIN, 1, 0.6))
+        body.append(_line(_smooth(train), place, INK, 2))
+    if evaluated:
+        body.append(_line(evaluated, place, EVAL, 2))
+        body += [f'<circle cx="{place(p)[0]:.1f}" cy="{place(p)[1]:.1f}" r="3" fill="{EVAL}"/>' for p in evaluated]
+    chosen = [point for point in evaluated if point[0] == best_step]
+    body += [
+        f'<circle cx="{place(p)[0]:.1f}" cy="{place(p)[1]:.1f}" r="7" fill="none" stroke="{BEST}" stroke-width="2"/>'
+        for p in chosen
+    ]
+    legend = [
+        (INK, "training loss", train),
+        (EVAL, "evaluation loss", evaluated),
+        (BEST, f"kept: step {best_step}", chosen),
+    ]
+    shown = [(color, text) for color, text, there in legend if there]
+    for i, (color, text) in enumerate(shown):
+        x = WIDTH - RIGHT - 140 * (len(shown) - i)
+        body.append(f'<rect x="{x}" y="{HEIGHT - 14}" width="14" height="4" fill="{color}"/>')
+        body.append(f'<text x="{x + 20}" y="{HEIGHT - 8}" font-size="12" fill="{INK}">{escape(text)}</text>')
+    return _document(body)
+
+
+def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
+    found = [(float(row["step"]), float(row[name])) for row in rows if name in row and "step" in row]
+    return [point for point in found if math.isfinite(point[1])]
+
+
+def _smooth(points: list[Point], keep: float = 0.85) -> list[Point]:
+    """Exponential mean with its start corrected."""
+    smoothed, mean, weight = [], 0.0, 0.0
+    for x, y in points:
+        mean, weight = keep * mean + (1 - keep) * y, keep * weight + (1 - keep)
+        smoothed.append((x, mean / weight))
+    return smoothed
+
+
+def _ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
+    """Round numbers that enclose the range."""
+    span = max(high - low, 1.0 if whole else abs(high) * 0.01 or 0.01)
+    unit = 10 ** math.floor(math.log10(span / most))
+    step = next(unit * factor for factor in (1, 2, 5, 10) if span / (unit * factor) <= most)
+    step = max(step, 1.0) if whole else step
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [index * step for index in range(first, max(last, first + 1) + 1)]
+
+
+def _scale(steps: list[float], losses: list[float]) -> Any:
+    def place(point: Point) -> Point:
+        x = (point[0] - steps[0]) / (steps[-1] - steps[0])
+        y = (point[1] - losses[0]) / (losses[-1] - losses[0])
+        return LEFT + x * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - y * (HEIGHT - TOP - BOTTOM)
+
+    return place
+
+
+def _axes(steps: list[float], losses: list[float], place: Any) -> list[str]:
+    parts = []
+    for loss in losses:
+        y = place((steps[0], loss))[1]
+        parts.append(f'<line x1="{LEFT}" y1="{y:.1f}" x2="{WIDTH - RIGHT}" y2="{y:.1f}" stroke="{GRID}"/>')
+        parts.append(
+            f'<text x="{LEFT - 8}" y="{y + 4:.1f}" font-size="12" text-anchor="end" fill="{INK}">{loss:.4g}</text>'
+        )
+    for step in steps:
+        x = place((step, losses[0]))[0]
+        parts.append(
+            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" font-size="12" text-anchor="middle" fill="{INK}">{step:g}</text>'
+        )
+    parts.append(f'<text x="{LEFT}" y="{HEIGHT - 8}" font-size="12" fill="{INK}">optimizer steps</text>')
+    return parts
+
+
+def _line(points: list[Point], place: Any, color: str, width: int, opacity: float = 1.0) -> str:
+    path = " ".join("{:.1f},{:.1f}".format(*place(point)) for point in points)
+    return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}" stroke-opacity="{opacity}" stroke-linejoin="round"/>'
+
+
+def _document(body: list[str]) -> str:
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif">'
+    )
+    return "\n".join([head, f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>', *body, "</svg>"]) + "\n"

@@ -1,0 +1,186 @@
+"""`evaluate`: how well a base and an adapter do on examples, side by side.
+
+Loss and perplexity; for prompts with completions what is generated, against all references of a prompt; for
+classifications accuracy and macro-F1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from weft.adapter import Adapter
+from weft.data import Encoded, Examples, collator, encode, encode_prompts, load_examples, prompts
+from weft.errors import DataError
+from weft.train.generation import Sampling, continue_tokens
+from weft.train.inputs import longest
+from weft.train.metrics import text_metrics
+from weft.train.opening import BaseLike, Opened, opened, trained_format
+from weft.train.progress import counter
+from weft.train.recipe import Recipe
+from weft.train.run import side_by_side
+from weft.train.scoring import score
+
+__all__ = ["Evaluation", "evaluate"]
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        base: metrics of the base by name: ``loss`` (nats a token), ``perplexity``, ``exact_match`` (0 to 1), ``bleu``
+            (0 to 100), ``rouge_l`` (0 to 1); or ``loss``, ``accuracy``, ``macro_f1`` (0 to 1).
+        adapter: the same with the adapter; None without one.
+        kind: of the examples. count: how many. generated: prompts that were answered.
+        examples: some of them: prompt, references, and the answers of base and adapter.
+        digest: of the adapter. data: source, digest and account. notes: what the user should know.
+    """
+
+    base: Mapping[str, float]
+    adapter: Mapping[str, float] | None
+    kind: str
+    count: int
+    generated: int = 0
+    examples: tuple[Mapping[str, Any], ...] = ()
+    digest: str | None = None
+    data: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        values = dict(vars(self))
+        return values | {"examples": [dict(item) for item in self.examples], "notes": list(self.notes)}
+
+    def text(self) -> str:
+        """A table for people: base and adapter side by side."""
+        source = f" of {self.data['source']}" if self.data else ""
+        lines = [f"{self.count:,} examples ({self.kind}){source}", *side_by_side(self.base, self.adapter)]
+        if self.generated:
+            lines.append(f"generated answers: {self.generated:,} prompts, greedy")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def evaluate(
+    *,
+    base: BaseLike = None,
+    adapter: Adapter | str | os.PathLike[str] | None = None,
+    data: Any,
+    kind: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    limit: int | None = 200,
+    generation: bool = True,
+    max_new_tokens: int = 128,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Evaluate a base, and an adapter on it.
+
+    Args:
+        base: as in `weft.train`.
+        adapter: an adapter, its path (a run folder too), or None: the base alone.
+        data: as in `weft.train`; several rows with one prompt are its references.
+        kind, columns: where the data are not recognised; None: as the adapter was trained, else recognised.
+        limit: prompts that are answered; None: all. Losses are taken over all examples.
+        generation: answer prompts at all; greedily, at most ``max_new_tokens`` each.
+        batch_size: rows in one forward.
+        max_length: longest example in tokens; None: as the adapter was trained, else what the base allows, at most 1024.
+
+    Raises:
+        DataError: the data can't be read, or are of another kind than the adapter was trained on.
+        BaseMismatchError: the adapter was made for another base.
+    """
+    from weft.formats import load
+
+    value = adapter if isinstance(adapter, Adapter) or adapter is None else load(adapter)
+    trained = trained_format(value)
+    columns = dict(columns) if columns else None
+    wanted = kind or ("classification" if trained.get("kind") == "classification" else None)
+    examples = load_examples(data, columns=columns, kind=wanted, labels=trained.get("labels"))
+    if trained.get("as_chat"):
+        examples = examples.as_chat()
+    classifies = examples.kind == "classification"
+    if value is not None and classifies and not value.modules:
+        raise DataError("the data have labels, and this adapter was not trained to classify: it has no head")
+    labels = list(examples.labels) if classifies else None
+    with opened(base, value, dtype=dtype, device=device, labels=labels) as ready:
+        recipe = Recipe(max_length=max_length or trained.get("max_length"))
+        most = longest(recipe, ready.model, ready.tokenizer)
+        settings = {
+            "max_length": most,
+            "mask_prompt": trained.get("mask_prompt", True),
+            "separator": trained.get("separator", ""),
+        }
+        encoded = encode(examples, ready.tokenizer, labels=labels, **settings)
+        if not len(encoded):
+            raise DataError(f"no example is left: {encoded.account.summary()}")
+        sides = (False, True) if value is not None else (False,)
+        found = [_losses(ready, side, encoded, batch_size, progress) for side in sides]
+        shown: list[dict[str, Any]] = []
+        count = 0
+        if generation and examples.kind in ("completion", "chat"):
+            count = _answers(
+                ready, sides, examples, settings, limit, max_new_tokens, batch_size, progress, found, shown
+            )
+    facts = {"source": str(examples.source), "digest": examples.digest, "summary": encoded.account.summary()}
+    return Evaluation(
+        base=found[0],
+        adapter=found[1] if value is not None else None,
+        kind=examples.kind,
+        count=len(examples),
+        generated=count,
+        examples=tuple(shown),
+        digest=value.digest if value is not None else None,
+        data=facts,
+        notes=tuple(examples.notes),
+    )
+
+
+def _losses(ready: Opened, side: bool, encoded: Encoded, batch_size: int, progress: bool | None) -> dict[str, float]:
+    """Loss and what follows from it, of the base or of the adapter."""
+    collate = collator(ready.tokenizer, encoded.kind)
+    order = np.argsort(-np.asarray(encoded.lengths), kind="stable")
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(order), batch_size):
+            yield collate([encoded[int(index)] for index in order[start : start + batch_size]])
+
+    name = "adapter" if side else "base"
+    with ready.using(side) as model, counter(f"{name}: loss", len(order), progress) as tick:
+        return score(model, batches(), encoded.kind == "classification", tick)
+
+
+def _answers(
+    ready: Opened, sides: Sequence[bool], examples: Examples, settings: Mapping[str, Any], limit: int | None, max_new_tokens: int,
+    batch_size: int, progress: bool | None, found: list[dict[str, float]], shown: list[dict[str, Any]],
+) -> int:  # fmt: skip
+    """Answer the prompts; adds to metrics and shown examples. Returns how many prompts."""
+    asked = prompts(examples, limit)
+    tokens = encode_prompts(asked, ready.tokenizer, max_length=settings["max_length"], separator=settings["separator"])
+    references = [list(prompt.references) for prompt in asked]
+    shown += [{"prompt": prompt.prompt, "references": list(prompt.references)} for prompt in asked[:SHOWN]]
+    for index, side in enumerate(sides):
+        name = "adapter" if side else "base"
+        with ready.using(side) as model, counter(f"{name}: answers", len(asked), progress) as tick:
+            texts = _texts(model, ready.tokenizer, tokens, max_new_tokens, batch_size, tick)
+        found[index] |= text_metrics(texts, references)
+        for item, text in zip(shown, texts, strict=False):
+            item[name] = text
+    return len(asked)
+
+
+def _texts(
+    model: nn.Module, tokenizer: Any, tokens: list[list[int]], max_new_tokens: int, batch_size: int, tick: Any
+) -> list[str]:
+    answers = continue_tokens(model, tokenizer, tokens, Sampling(max_new_tokens=max_new_tokens), batch_size, tick)
+    return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]

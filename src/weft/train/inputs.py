@@ -1,0 +1,188 @@
+"""From what the caller named to tokens for training and evaluation, with an account of both.
+
+Stands on `weft.data`. Does not know models beyond their longest sequence, and no training.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+
+from weft.data import (
+    Encoded,
+    Examples,
+    LengthGroupedSampler,
+    collator,
+    encode,
+    load_examples,
+    overlap,
+    pack,
+    require_packing,
+)
+from weft.errors import DataError, RecipeError
+from weft.train.recipe import Recipe
+
+__all__ = ["Features", "Inputs", "Texts", "longest", "prepare", "read"]
+
+DEFAULT_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Examples as they were read.
+
+    Attributes:
+        train, evaluated: the latter may be None.
+        notes: what the user should know (rows that are in both …).
+    """
+
+    train: Examples
+    evaluated: Examples | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a trainer reads.
+
+    Attributes:
+        train, evaluated: encoded features.
+        collate: makes a training batch; collate_eval one of an evaluation, which is never packed.
+        data: provenance and account, by ``"train"`` and ``"eval"``.
+    """
+
+    train: Encoded
+    evaluated: Encoded | None
+    collate: Callable[[list[Any]], dict[str, Tensor]]
+    collate_eval: Callable[[list[Any]], dict[str, Tensor]]
+    max_length: int
+    data: dict[str, dict[str, Any]]
+    notes: tuple[str, ...]
+
+    def sampler(self, recipe: Recipe, processes: int) -> Sampler[int]:
+        """The order of the training data, a function of seed and epoch, the same for one process and for many."""
+        step = recipe.batch_size * recipe.accumulation * processes
+        grouped = recipe.batching == "length"
+        return LengthGroupedSampler(self.train.lengths, step, seed=recipe.seed, **({} if grouped else {"megabatch": 1}))
+
+    def eval_order(self) -> list[int]:
+        """Evaluation features, longest first."""
+        if self.evaluated is None:
+            return []
+        return [int(index) for index in np.argsort(-np.asarray(self.evaluated.lengths), kind="stable")]
+
+    def first_batches(self, recipe: Recipe, count: int = 8) -> Iterator[dict[str, Tensor]]:
+        """Some training batches, for initialisations that look at data."""
+        order = iter(self.sampler(recipe, 1))
+        for _ in range(count):
+            indices = list(itertools.islice(order, recipe.batch_size))
+            if not indices:
+                return
+            yield self.collate([self.train[index] for index in indices])
+
+
+class Features(Dataset[Any]):
+    """Encoded features as torch's data set."""
+
+    def __init__(self, encoded: Encoded) -> None:
+        self.encoded = encoded
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.encoded[index]
+
+
+def read(recipe: Recipe, data: Any, eval_data: Any) -> Texts:
+    """Read the examples; ``eval_data`` may be a share of the training data to hold out.
+
+    Raises:
+        DataError: see `weft.data.load_examples`; or nothing was named.
+    """
+    if data is None:
+        raise DataError("no training data: give data (--data FILE)")
+    kind = None if recipe.kind == "auto" else recipe.kind
+    columns = dict(recipe.columns) if recipe.columns else None
+    train = load_examples(data, columns=columns, kind=kind)
+    if isinstance(eval_data, float):
+        if not 0 < eval_data < 1:
+            raise DataError(f"eval_data={eval_data}: a share of the training data to hold out is above 0 and below 1")
+        train, evaluated = train.split(eval_data, seed=recipe.seed)
+    else:
+        evaluated = None
+        if eval_data is not None:
+            evaluated = load_examples(eval_data, columns=columns, kind=train.kind, labels=train.labels or None)
+    notes = [*train.notes, *(evaluated.notes if evaluated else ())]
+    if evaluated is not None:
+        warning = overlap(train, evaluated).warning()
+        notes += [warning] if warning else []
+    else:
+        notes.append("no evaluation data: the last checkpoint is kept, and nothing says whether it is a good one")
+    if recipe.as_chat:
+        train, evaluated = train.as_chat(), evaluated.as_chat() if evaluated else None
+    return Texts(train, evaluated, tuple(notes))
+
+
+def longest(recipe: Recipe, model: nn.Module, tokenizer: Any) -> int:
+    """The longest example in tokens: the recipe's, or what base and tokenizer allow, at most 1024.
+
+    Raises:
+        RecipeError: the recipe asks for more than the base has positions.
+    """
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    limits.append(getattr(tokenizer, "model_max_length", None))
+    allowed = min(
+        (int(limit) for limit in limits if isinstance(limit, int) and 0 < limit < 10**9), default=DEFAULT_LENGTH
+    )
+    if recipe.max_length is not None and recipe.max_length > allowed:
+        raise RecipeError(
+            f"max_length={recipe.max_length}, but this base and its tokenizer go up to {allowed} tokens; lower it"
+        )
+    return recipe.max_length or min(allowed, DEFAULT_LENGTH)
+
+
+def prepare(recipe: Recipe, texts: Texts, model: nn.Module, tokenizer: Any) -> Inputs:
+    """Encode, and pack if the recipe says so.
+
+    Raises:
+        DataError: nothing is left to train on; the model can't take packed rows; see `weft.data.encode`.
+    """
+    max_length = longest(recipe, model, tokenizer)
+    settings = {"max_length": max_length, "mask_prompt": recipe.mask_prompt, "separator": recipe.separator}
+    labels = texts.train.labels or None
+    train = encode(texts.train, tokenizer, labels=labels, **settings)
+    evaluated = encode(texts.evaluated, tokenizer, labels=labels, **settings) if texts.evaluated is not None else None
+    for name, part in (("training", train), ("evaluation", evaluated)):
+        if part is not None and not len(part):
+            raise DataError(f"no {name} example is left: {part.account.summary()}")
+    data = {"train": _account(texts.train, train)}
+    if evaluated is not None and texts.evaluated is not None:
+        data["eval"] = _account(texts.evaluated, evaluated)
+    if recipe.batching == "packed":
+        require_packing(model)
+        train = pack(train, max_length)
+    collate_eval = collator(tokenizer, train.kind, packed=False)
+    collate = collator(tokenizer, train.kind, packed=train.packed)
+    return Inputs(train, evaluated, collate, collate_eval, max_length, data, texts.notes)
+
+
+def _account(examples: Examples, encoded: Encoded) -> dict[str, Any]:
+    account = encoded.account
+    facts = {
+        "source": str(examples.source),
+        "digest": examples.digest,
+        "examples": len(examples),
+        "kind": encoded.kind,
+        "summary": account.summary(),
+        "account": account.to_dict(),
+    }
+    return facts | ({"labels": list(examples.labels)} if examples.labels else {})

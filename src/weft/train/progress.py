@@ -1,0 +1,203 @@
+"""What is seen while a run goes on: the log, a progress bar, and a stop at Ctrl-C that loses nothing.
+
+Callbacks of `transformers.Trainer`. The bar goes to stderr; where that is no terminal, there is a plain line now and then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from transformers import TrainerCallback
+
+__all__ = ["LogWriter", "Progress", "StopOnSignal", "counter"]
+
+RENAMED = {
+    "num_input_tokens_seen": "tokens",
+    "grad_norm": "grad_norm",
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "epoch": "epoch",
+}
+
+
+class LogWriter(TrainerCallback):
+    """Gives a line for each logged step and each evaluation to ``write``; counts tokens and time.
+
+    Args:
+        write: takes one plain mapping.
+    """
+
+    def __init__(self, write: Callable[[Mapping[str, Any]], None]) -> None:
+        self.write = write
+        self.tokens = 0
+        self.tokens_per_second = 0.0
+        self.seconds = 0.0
+        self._started = self._marked = time.monotonic()
+        self._marked_tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = self._marked = time.monotonic()
+        self._first_tokens = self._marked_tokens = state.num_input_tokens_seen
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        now = time.monotonic()
+        self.seconds = now - self._started
+        self.tokens = int(state.num_input_tokens_seen)
+        logs = logs or {}
+        if "loss" in logs:
+            speed = (self.tokens - self._marked_tokens) / max(now - self._marked, 1e-9)
+            self._marked, self._marked_tokens = now, self.tokens
+            self.tokens_per_second = (self.tokens - self._first_tokens) / max(self.seconds, 1e-9)
+            row = {new: logs[old] for old, new in RENAMED.items() if old in logs}
+            row |= {"tokens_per_second": round(speed, 1)}
+        elif any(name.startswith("eval_") for name in logs):
+            row = {
+                name: value for name, value in logs.items() if name.startswith("eval_") and not name.endswith("_second")
+            }
+            self._marked = now
+        else:
+            return
+        if state.is_world_process_zero:
+            self.write({"step": state.global_step, **row, "seconds": round(self.seconds, 3)})
+
+
+class Progress(TrainerCallback):
+    """Loss, tokens a second and time left.
+
+    Args:
+        log: the log writer, which counts.
+        mode: None: a bar on a terminal, plain lines elsewhere; True: plain lines; False: silence.
+    """
+
+    def __init__(self, log: LogWriter, mode: bool | None) -> None:
+        self.log = log
+        self.mode = mode
+        self._bar: Any = None
+        self._task: Any = None
+        self._loss = ""
+        self._lines_every = 1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.mode is False or not state.is_world_process_zero:
+            return
+        self._lines_every = max(1, state.max_steps // 20)
+        if self.mode is None and sys.stderr.isatty():
+            self._bar = _bar()
+            self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, note="")
+            self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step, description="training")
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, description="evaluating")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        logs = logs or {}
+        silent = self.mode is False or not state.is_world_process_zero or (self._task is None and self._bar is not None)
+        if silent or not ("loss" in logs or "eval_loss" in logs):
+            return
+        if "loss" in logs:
+            self._loss = f"loss {logs['loss']:.4f}"
+        text = f"{self._loss}  {self.log.tokens_per_second:,.0f} tokens/s"
+        if "eval_loss" in logs:
+            text = f"eval loss {logs['eval_loss']:.4f}"
+        if self._bar is not None:
+            self._bar.update(self._task, note=text if "loss" in logs else f"{text}  {self._loss}")
+        elif "eval_loss" in logs or state.global_step % self._lines_every < max(1, args.logging_steps):
+            left = (state.max_steps - state.global_step) * self.log.seconds / max(1, state.global_step)
+            rest = f", {left:.0f} s left" if "loss" in logs else ""
+            print(f"step {state.global_step}/{state.max_steps}: {text}{rest}", file=sys.stderr, flush=True)  # noqa: T201
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar away, also after an error."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class StopOnSignal(TrainerCallback):
+    """The first Ctrl-C (or a scheduler's SIGTERM) ends the run after its step, with a checkpoint; the second at once.
+
+    Attributes:
+        stopped: a signal ended the run.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._asked = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        asked = self._asked
+        if args.world_size > 1 and state.global_step % max(1, state.logging_steps) == 0:
+            asked = _any_process(asked, args.device)
+        elif args.world_size > 1:
+            return
+        if asked and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over SIGINT and SIGTERM; only in the main thread, where Python allows it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, self._handle)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _any_process(asked: bool, device: Any) -> bool:
+    """Whether some process was asked: all stop at the same step."""
+    import torch
+    import torch.distributed as dist
+
+    flag = torch.tensor(int(asked), device=device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    return RichProgress(*columns, console=Console(stderr=True), transient=False)
+
+
+@contextlib.contextmanager
+def counter(what: str, total: int, mode: bool | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal for anything that can be counted; silence elsewhere. Gives a function that advances it."""
+    if mode is not None or not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    bar = _bar()
+    task = bar.add_task(what, total=total, note="")
+    with bar:
+        yield lambda count: bar.update(task, advance=count)

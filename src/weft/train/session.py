@@ -1,0 +1,285 @@
+"""One training on a model with a bank: Trainer's arguments, callbacks, the loop, and what came of it.
+
+Does not know how bases and data were found, and not what becomes of the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments
+
+from weft.adapter import Adapter
+from weft.core.bank import Bank
+from weft.errors import MissingDependencyError, RecipeError, did_you_mean
+from weft.train import checkpoints
+from weft.train.inputs import Features, Inputs
+from weft.train.progress import LogWriter, Progress, StopOnSignal
+from weft.train.recipe import Recipe
+from weft.train.run import Folder
+from weft.train.schedule import Schedule
+from weft.train.trainer import AdapterTrainer, Setup
+
+__all__ = ["Outcome", "Session", "check_names", "training_arguments"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training came to.
+
+    Attributes:
+        base, adapter: metrics on the evaluation data, by plain names (``loss``, ``perplexity`` …).
+        best_step: of the checkpoint that was restored; None: the last one stays.
+        stopped: ``"end"``, ``"early"`` or ``"signal"``.
+    """
+
+    base: dict[str, float]
+    adapter: dict[str, float]
+    steps: int
+    epochs: float
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    train_loss: float | None
+    best_step: int | None
+    stopped: str
+
+
+@dataclass
+class Session:
+    """Everything that one training needs; `run` does it.
+
+    Attributes:
+        model: with `bank` on it; `slot` is trained.
+        snapshot: makes the adapter that a checkpoint holds.
+        progress: see `weft.train.progress.Progress`.
+    """
+
+    model: nn.Module
+    bank: Bank
+    slot: str
+    recipe: Recipe
+    schedule: Schedule
+    inputs: Inputs
+    folder: Folder
+    args: TrainingArguments
+    snapshot: Callable[[], Adapter]
+    progress: bool | None = None
+
+    def run(self) -> Outcome:
+        """Train from the start, or from the newest checkpoint in the folder, to the end."""
+        log = LogWriter(self.folder.append_log)
+        bar = Progress(log, self.progress)
+        stop = StopOnSignal()
+        callbacks: list[TrainerCallback] = [log, bar, stop]
+        if self.schedule.patience:
+            callbacks.append(EarlyStoppingCallback(self.schedule.patience))
+        with _checkpointing(self.model, self.recipe), _calm():
+            trainer = self._trainer(callbacks)
+            try:
+                sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+                base = {} if sharded else self._measure_base(trainer)
+                self._train(trainer, stop)
+                best = None if stop.stopped else trainer.restore_best()
+                base = base or self._measure_base(trainer)
+            finally:
+                bar.close()
+        return self._outcome(trainer, log, stop, base, best)
+
+    def _trainer(self, callbacks: list[TrainerCallback]) -> AdapterTrainer:
+        processes = self.args.world_size
+        setup = Setup(
+            bank=self.bank,
+            slot=self.slot,
+            schedule=self.schedule,
+            sampler=self.inputs.sampler(self.recipe, processes),
+            eval_order=self.inputs.eval_order(),
+            classifies=self.inputs.train.kind == "classification",
+            lora_plus_ratio=self.recipe.lora_plus_ratio,
+            snapshot=self.snapshot,
+        )
+        evaluated = self.inputs.evaluated
+        trainer = AdapterTrainer(
+            self.model,
+            self.args,
+            setup,
+            train_dataset=Features(self.inputs.train),
+            eval_dataset=None if evaluated is None else Features(evaluated),
+            data_collator=self.inputs.collate,
+            eval_collator=self.inputs.collate_eval,
+            callbacks=callbacks,
+        )
+        for silent in list(trainer.callback_handler.callbacks):
+            if type(silent).__name__ in ("PrinterCallback", "ProgressCallback"):
+                trainer.remove_callback(silent)
+        return trainer
+
+    def _train(self, trainer: AdapterTrainer, stop: StopOnSignal) -> None:
+        last = checkpoints.newest(self.folder.checkpoints)
+        if last is not None and _is_end(last, self.schedule):
+            trainer.take_over(last)
+            return
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+
+    def _measure_base(self, trainer: AdapterTrainer) -> dict[str, float]:
+        """Metrics of the base on the evaluation data; logged as step 0."""
+        if self.inputs.evaluated is None:
+            return {}
+        before = self.bank.current
+        self.bank.use(None)
+        try:
+            loop = trainer.evaluation_loop(trainer.get_eval_dataloader(), "base")
+        finally:
+            self.bank.use(before)
+        found = dict(loop.metrics or {})
+        if trainer.is_world_process_zero() and not any(row.get("step") == 0 for row in self.folder.read_log()):
+            self.folder.append_log({"step": 0, "of": "base", **found})
+        return _plain(found)
+
+    def _outcome(
+        self, trainer: AdapterTrainer, log: LogWriter, stop: StopOnSignal, base: dict[str, float], best: int | None
+    ) -> Outcome:
+        state = trainer.state
+        measured = [
+            row for row in state.log_history if "eval_loss" in row and row["step"] == (best or state.global_step)
+        ]
+        trained = [row["loss"] for row in state.log_history if "loss" in row]
+        early = state.global_step < self.schedule.steps
+        return Outcome(
+            base=base,
+            adapter=_plain(measured[-1]) if measured else {},
+            steps=state.global_step,
+            epochs=float(state.epoch or 0),
+            tokens=int(state.num_input_tokens_seen),
+            seconds=log.seconds,
+            tokens_per_second=log.tokens_per_second,
+            train_loss=trained[-1] if trained else None,
+            best_step=best,
+            stopped="signal" if stop.stopped else "early" if early else "end",
+        )
+
+
+def training_arguments(recipe: Recipe, schedule: Schedule, folder: Folder, packed: bool) -> TrainingArguments:
+    """The settled recipe in Trainer's words."""
+    import torch
+
+    cpu = recipe.device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    with _calm():
+        args = TrainingArguments(
+            output_dir=str(folder.checkpoints),
+            run_name=folder.root.name,
+            per_device_train_batch_size=recipe.batch_size,
+            per_device_eval_batch_size=recipe.eval_batch_size or 2 * recipe.batch_size,
+            gradient_accumulation_steps=recipe.accumulation,
+            max_steps=schedule.steps,
+            learning_rate=schedule.learning_rate,
+            lr_scheduler_type=recipe.schedule if recipe.schedule != "constant" else "constant_with_warmup",
+            warmup_steps=schedule.warmup_steps,
+            weight_decay=recipe.weight_decay,
+            max_grad_norm=recipe.clip,
+            optim=recipe.optimizer,
+            logging_strategy="steps",
+            logging_first_step=True,
+            logging_steps=schedule.log_every,
+            logging_nan_inf_filter=False,
+            eval_strategy="steps" if schedule.eval_every else "no",
+            eval_steps=schedule.eval_every or None,
+            save_strategy="steps",
+            save_steps=schedule.save_every,
+            save_total_limit=recipe.keep,
+            metric_for_best_model=schedule.metric if schedule.eval_every else None,
+            greater_is_better=schedule.higher_is_better,
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            bf16=schedule.precision == "bf16",
+            fp16=schedule.precision == "fp16",
+            use_cpu=cpu,
+            torch_compile=recipe.compile,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            dataloader_num_workers=recipe.workers,
+            dataloader_pin_memory=not cpu,
+            report_to=list(recipe.report_to) or "none",
+            disable_tqdm=True,
+            include_num_input_tokens_seen="all" if packed else "non_padding",
+            restore_callback_states_from_checkpoint=True,
+            ddp_find_unused_parameters=False,
+            average_tokens_across_devices=True,
+        )
+    args.load_best_model_at_end = False
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # DataParallel is not what anybody wants: several GPUs are for `accelerate launch`
+    return args
+
+
+def check_names(recipe: Recipe) -> None:
+    """Names that only the libraries know: the optimizer and the trackers.
+
+    Raises:
+        RecipeError: an unknown name, with near ones.
+        MissingDependencyError: a tracker that is not installed.
+    """
+    import importlib.util
+
+    from transformers.training_args import OptimizerNames
+
+    optimizers = [item.value for item in OptimizerNames]
+    if recipe.optimizer not in optimizers:
+        raise RecipeError(
+            f"optimizer={recipe.optimizer!r} is unknown.{did_you_mean(recipe.optimizer, optimizers)} Known: {', '.join(optimizers)}"
+        )
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    trackers = sorted(INTEGRATION_TO_CALLBACK)
+    for name in recipe.report_to:
+        if name not in trackers:
+            raise RecipeError(
+                f"report_to={name!r} is unknown.{did_you_mean(name, trackers)} Known: {', '.join(trackers)}"
+            )
+        if name in ("tensorboard", "wandb", "trackio", "mlflow") and importlib.util.find_spec(name) is None:
+            raise MissingDependencyError(f"report_to={name!r} needs a library that is not here: pip install {name}")
+
+
+def _plain(metrics: dict[str, Any]) -> dict[str, float]:
+    """Metrics without prefix and without timings."""
+    kept = ("loss", "perplexity", "accuracy", "macro_f1")
+    return {name: float(metrics[f"eval_{name}"]) for name in kept if f"eval_{name}" in metrics}
+
+
+def _is_end(checkpoint: Path, schedule: Schedule) -> bool:
+    """Whether a run that was killed after this checkpoint had nothing left to do."""
+    state = TrainerState.load_from_json(str(checkpoint / checkpoints.TRAINER_STATE))
+    early = state.stateful_callbacks.get("EarlyStoppingCallback", {})
+    early = early[-1] if isinstance(early, list) else early
+    waited = early.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return state.global_step >= schedule.steps or bool(schedule.patience and waited >= schedule.patience)
+
+
+@contextlib.contextmanager
+def _checkpointing(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+    """Gradient checkpointing for the time of a training; the module flags are put back by `as_before`."""
+    if recipe.gradient_checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise RecipeError(
+                f"gradient_checkpointing=true: {type(model).__name__} doesn't support it; set it to false"
+            )
+        settings = {"use_reentrant": recipe.reentrant}
+        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(settings)
+    yield
+
+
+@contextlib.contextmanager
+def _calm() -> Iterator[None]:
+    """Without the remarks that libraries make about each other's defaults."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*pin_memory.*", category=UserWarning)
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*", category=UserWarning)
+        yield

@@ -1,0 +1,317 @@
+"""The trainer: `transformers.Trainer` with a bank on its model. A subclass, not a copy.
+
+What is changed: checkpoints hold the adapter and not the base, and are complete or not there; the loss of an evaluation is
+a mean over tokens; B may have a learning rate of its own; the order of the data is a function of seed and epoch; a loss
+that is not finite stops the run. All else (mixed precision, accumulation, DDP, FSDP, DeepSpeed, trackers) is Trainer's.
+This module does not know files of data, recipes' texts or run folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput
+
+from weft.adapter import Adapter
+from weft.core.bank import Bank
+from weft.errors import NotFiniteError, RunError
+from weft.train import checkpoints
+from weft.train.schedule import Schedule
+from weft.train.scoring import Score, keeps_logits, losses, wanted_positions
+
+__all__ = ["AdapterTrainer", "Setup", "parameter_groups"]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an `AdapterTrainer` needs beside Trainer's own arguments.
+
+    Attributes:
+        bank: on the model that is trained; slot is the adapter's name in it.
+        schedule: the settled recipe.
+        sampler: gives the order of the training features; has ``set_epoch``.
+        eval_order: order of the evaluation features, so that rows of like length come together.
+        classifies: labels are one a row.
+        lora_plus_ratio: learning rate of B over that of A, or None.
+        snapshot: makes the adapter that a checkpoint holds; None: none.
+    """
+
+    bank: Bank
+    slot: str
+    schedule: Schedule
+    sampler: Sampler[int]
+    eval_order: list[int]
+    classifies: bool = False
+    lora_plus_ratio: float | None = None
+    snapshot: Callable[[], Adapter] | None = None
+
+
+class AdapterTrainer(Trainer):
+    """Trains one slot of a bank. See the module's text for what differs from its parent."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        setup: Setup,
+        *,
+        train_dataset: Dataset[Any],
+        eval_dataset: Dataset[Any] | None,
+        data_collator: Callable[[list[Any]], dict[str, Tensor]],
+        eval_collator: Callable[[list[Any]], dict[str, Tensor]] | None = None,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.setup = setup
+        self._eval_collator = eval_collator or data_collator
+        self._keeps_logits = not setup.classifies and not args.torch_compile and keeps_logits(model)
+        self._trained = _trained_tensors(model, setup.bank, setup.slot)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            compute_loss_func=_summed_loss,
+            callbacks=[_Epochs(setup.sampler), *callbacks],
+        )
+
+    # the step
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, without the logits that nobody wants."""
+        if self._keeps_logits and "labels" in inputs:
+            inputs = {**inputs, "logits_to_keep": wanted_positions(inputs["labels"])}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Trainer's; refuses to go on with a loss that is not finite.
+
+        Raises:
+            NotFiniteError: says at which step, and what to change.
+        """
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss)):
+            raise NotFiniteError(self._diverged(f"the loss is {float(loss)}"))
+        return loss
+
+    def _diverged(self, what: str) -> str:
+        last = checkpoints.newest(Path(self.args.output_dir))
+        kept = f"the last good factors are in {last}" if last else "there is no checkpoint yet"
+        return (
+            f"{what} at step {self.state.global_step + 1} of {self.state.max_steps}; {kept}. Train again with a lower learning rate "
+            f"(now {self.setup.schedule.learning_rate:g}), a longer warm-up (now {self.setup.schedule.warmup_steps} steps) or a lower clip "
+            f"(now {self.args.max_grad_norm:g})"
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW or another over the slot's parameters alone, in groups by weight decay and learning rate."""
+        if self.optimizer is None:
+            opt_model = self.model if model is None else model
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
+            ratio = self.setup.lora_plus_ratio
+            groups = parameter_groups(
+                opt_model, settings.get("lr", self.args.learning_rate), self.args.weight_decay, ratio
+            )
+            self.optimizer = kind(groups, **settings)
+        return self.optimizer
+
+    # the data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self.setup.sampler
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
+        return _Order(self.setup.eval_order)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Trainer's, with the collator for evaluations: their rows are never packed."""
+        training, self.data_collator = self.data_collator, self._eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
+    # evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Metrics over all rows of all processes: a mean over tokens, not over batches. Predictions are not kept."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        model = self.model_wrapped if sharded else self.model
+        training = model.training
+        model.eval()
+        gather = self.accelerator.gather_for_metrics if self.args.world_size > 1 else None
+        total = Score(self.setup.classifies, gather)
+        try:
+            with torch.no_grad():
+                for batch in dataloader:
+                    inputs = self._prepare_inputs(batch)
+                    labels = inputs.pop("labels")
+                    if self._keeps_logits:
+                        inputs["logits_to_keep"] = wanted_positions(labels)
+                    with self.accelerator.autocast():
+                        logits = model(**inputs).logits
+                    total.add(logits, labels)
+                    self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        finally:
+            model.train(training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in total.metrics().items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=total.rows)
+
+    # checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        target = checkpoints.beside(folder, step)
+        if self.args.should_save:
+            checkpoints.clean(folder)
+        self.accelerator.wait_for_everyone()
+        self.store_flos()
+        self.save_model(str(target), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(target))
+        self._save_scaler(str(target))
+        self._save_rng_state(str(target))
+        best = self.state.best_global_step
+        if best and (best == step or checkpoints.path_of(folder, best).is_dir()):
+            self.state.best_model_checkpoint = str(checkpoints.path_of(folder, best))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for part in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(part, ExportableState):
+                    self.state.stateful_callbacks[type(part).__name__] = part.state()
+            self.state.save_to_json(str(target / checkpoints.TRAINER_STATE))
+            checkpoints.publish(folder, step)
+            checkpoints.rotate(folder, self.args.save_total_limit or 1, self._best_step())
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The trained tensors, and an adapter that can be loaded."""
+        if not self.args.should_save:
+            return
+        target = Path(output_dir or self.args.output_dir)
+        tensors: Mapping[str, Tensor] = self._trained
+        if state_dict:  # gathered from shards
+            tensors = {name: state_dict[name] for name in self._trained}
+        bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+        if bad:
+            raise NotFiniteError(
+                self._diverged(f"{len(bad)} factors are not finite, {bad[0]} among them, so no checkpoint is written,")
+            )
+        if self.setup.snapshot is not None and not state_dict:
+            self.setup.snapshot().save(target)
+        target.mkdir(parents=True, exist_ok=True)
+        checkpoints.save_state(target / checkpoints.STATE, tensors, self.state.global_step)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoints.load_state(Path(resume_from_checkpoint) / checkpoints.STATE, self._trained)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; a run folder may have been moved since the checkpoint was written."""
+        found = super()._init_training_state(*args, **kwargs)
+        best = self._best_step()
+        self.state.best_model_checkpoint = str(checkpoints.path_of(Path(self.args.output_dir), best)) if best else None
+        return found
+
+    def _best_step(self) -> int | None:
+        best = self.state.best_global_step
+        return best if best and checkpoints.path_of(Path(self.args.output_dir), best).is_dir() else None
+
+    def take_over(self, checkpoint: Path) -> None:
+        """Be where the run was that wrote this checkpoint, with nothing left to train."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / checkpoints.TRAINER_STATE))
+
+    def restore_best(self) -> int | None:
+        """Put the factors of the best checkpoint back; returns its step, None where there is none.
+
+        Raises:
+            RunError: the checkpoint is there no more.
+        """
+        best = self.state.best_global_step
+        if not self.setup.schedule.best or not best:
+            return None
+        path = checkpoints.path_of(Path(self.args.output_dir), best)
+        if not path.is_dir():
+            raise RunError(f"{path}: the best checkpoint is gone; the last one is {checkpoints.newest(path.parent)}")
+        checkpoints.load_state(path / checkpoints.STATE, self._trained)
+        return int(best)
+
+
+def parameter_groups(
+    model: nn.Module, rate: float, decay: float, lora_plus_ratio: float | None = None
+) -> list[dict[str, Any]]:
+    """Optimizer groups over all that requires a gradient.
+
+    Factors, weights and embeddings decay; biases and magnitudes don't. With a ratio, B's rate is ``ratio`` times the rest's.
+
+    Args:
+        model: with a bank on it (all else is frozen), wrapped or not.
+        rate: learning rate.
+        decay: weight decay.
+        lora_plus_ratio: rate of B over that of A; None: one rate.
+
+    Source:
+        Hayou et al. 2024, LoRA+, arXiv:2402.12354.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            leaf = name.rpartition(".")[2]
+            own_rate = rate * lora_plus_ratio if lora_plus_ratio is not None and leaf == "lora_B" else rate
+            own_decay = 0.0 if leaf in ("bias", "magnitude") else decay
+            groups.setdefault((own_rate, own_decay), []).append(parameter)
+    by_rate = sorted(groups.items(), key=lambda item: (item[0][0] != rate, -item[0][1]))
+    return [{"params": params, "lr": own_rate, "weight_decay": own_decay} for (own_rate, own_decay), params in by_rate]
+
+
+def _summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    """The sum over what is learned, divided by its number in the whole optimizer step."""
+    values, _ = losses(outputs.logits, labels)
+    return values.sum() / (len(values) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _trained_tensors(model: nn.Module, bank: Bank, slot: str) -> dict[str, Tensor]:
+    """Everything that a training changes, and starting products, by name."""
+    tensors: dict[str, Tensor] = dict(bank.named_parameters(slot))
+    known = {id(tensor) for tensor in tensors.values()}
+    tensors |= {
+        name: tensor for name, tensor in model.named_buffers() if ".weft." in f".{name}" and id(tensor) not in known
+    }
+    return tensors
+
+
+class _Order(Sampler[int]):
+    """A fixed order."""
+
+    def __init__(self, indices: list[int]) -> None:
+        self.indices = indices
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class _Epochs(TrainerCallback):
+    """Tells the sampler its epoch, also in a resumed run on several processes, where the loader's own wrapper loses it."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
