@@ -23,6 +23,7 @@ EVA_RHO = 2.0
 LORA_GA_GAMMA = 16.0
 """The paper's gamma: the larger, the smaller the start."""
 
+_KEEP = 256
 _EXACT_BELOW = 512
 _POWER_STEPS = 4
 
@@ -31,7 +32,7 @@ def _eva_statistics(sites: tuple[Site, ...], data: Data) -> Iterator[tuple[Site,
     """The principal axes of every site's input, and ranks by how much of its variance they explain."""
     ranks = {site.path: data.spec.rank_at(site.path) for site in sites}
     most = {path: round(rank * EVA_RHO) for path, rank in ranks.items()}
-    axes = collect_activations(data.model, sites, data.batches, keep=4 * max(most.values()))
+    axes = collect_activations(data.model, sites, data.batches, keep=max(4 * max(most.values()), _KEEP))
     for path, found in axes.items():
         assert found.squares is not None
         if len(found.squares) < ranks[path]:

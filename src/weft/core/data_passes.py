@@ -61,7 +61,7 @@ def collect_activations(
     """
     batches, apart = list(batches), set[str]()
     while True:
-        watch = _Inputs(model, keep, apart)
+        watch = _Inputs(keep, apart)
         with undisturbed(model), torch.no_grad(), ExitStack() as hooks:
             for site in sites:
                 handle = site.module.register_forward_pre_hook(watch.hook(site), with_kwargs=True)
@@ -87,7 +87,7 @@ class _Inputs:
     and checked in all others: `not_shared` names those for which it did not stay true.
     """
 
-    def __init__(self, model: nn.Module, keep: int, apart: set[str]) -> None:
+    def __init__(self, keep: int, apart: set[str]) -> None:
         self.keep, self.apart = keep, apart
         self.masks: list[Tensor] = []
         self.axes_of: dict[str, PrincipalAxes] = {}
@@ -98,9 +98,11 @@ class _Inputs:
 
     def hook(self, site: Site) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = [item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)]
-            used = inputs[:3] if site.kind == "attention" else inputs[:1]
-            self._see(site, used)
+            if site.kind == "attention":
+                given = [*args[:3], *(kwargs.get(name) for name in ("query", "key", "value")[len(args) :])]
+            else:
+                given = [*args, *kwargs.values()][:1]
+            self._see(site, [item for item in given if isinstance(item, Tensor)])
 
         return see
 

@@ -57,7 +57,8 @@ class PrincipalAxes:
 
     Attributes:
         count: rows seen.
-        axes: (k, d), orthonormal, by falling variance; the largest element of each is positive.
+        axes: (k, d), orthonormal, by falling variance; the largest element of each is positive. float32, or float64 for
+            float64 rows; the arithmetic is float64 everywhere but on devices without it.
         squares: (k,), squared singular values of the centred rows.
         total: sum of squares of all centred rows, the dropped tail included.
 
@@ -78,9 +79,12 @@ class PrincipalAxes:
         precise = torch.float32 if rows.device.type == "mps" else torch.float64
         at_once = max(_ROWS_AT_ONCE, self.keep)
         for start in range(0, rows.shape[0], at_once):
-            self._add(rows[start : start + at_once].to(precise))
+            self._add(
+                rows[start : start + at_once].to(precise),
+                torch.float64 if rows.dtype == torch.float64 else torch.float32,
+            )
 
-    def _add(self, X: Tensor) -> None:
+    def _add(self, X: Tensor, stored: torch.dtype) -> None:
         n, mean = X.shape[0], X.mean(0)
         X = X - mean
         self.total += float(X.square().sum())
@@ -89,11 +93,12 @@ class PrincipalAxes:
         else:
             both = self.count + n
             gap = (self.mean - mean) * (self.count * n / both) ** 0.5
-            stacked = torch.cat([self.squares.sqrt()[:, None] * self.axes, X, gap[None]])
+            stacked = torch.cat([self.squares.sqrt()[:, None] * self.axes.to(X.dtype), X, gap[None]])
             self.total += float(gap.square().sum())
             self.mean = self.mean + (mean - self.mean) * (n / both)
             self.count = both
-        self.axes, self.squares = _right_vectors(stacked, self.keep)
+        axes, self.squares = _right_vectors(stacked, self.keep)
+        self.axes = axes.to(stored)
 
     @property
     def ratios(self) -> Tensor:
