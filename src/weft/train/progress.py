@@ -39,13 +39,17 @@ class LogWriter(TrainerCallback):
         self.tokens_per_second = 0.0
         self.seconds = 0.0
         self._started = self._marked = time.monotonic()
-        self._marked_tokens = 0
+        self._first_tokens = self._marked_tokens = 0
+        self.first_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
         self._started = self._marked = time.monotonic()
         self._first_tokens = self._marked_tokens = state.num_input_tokens_seen
+        self.first_step = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write the line."""
         now = time.monotonic()
         self.seconds = now - self._started
         self.tokens = int(state.num_input_tokens_seen)
@@ -84,6 +88,7 @@ class Progress(TrainerCallback):
         self._lines_every = 1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar."""
         if self.mode is False or not state.is_world_process_zero:
             return
         self._lines_every = max(1, state.max_steps // 20)
@@ -93,17 +98,19 @@ class Progress(TrainerCallback):
             self._bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Advance it."""
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, description="training")
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say that an evaluation runs."""
         if self._bar is not None:
             self._bar.update(self._task, description="evaluating")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show loss and speed, or print a line."""
         logs = logs or {}
-        silent = self.mode is False or not state.is_world_process_zero or (self._task is None and self._bar is not None)
-        if silent or not ("loss" in logs or "eval_loss" in logs):
+        if self.mode is False or not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
         if "loss" in logs:
             self._loss = f"loss {logs['loss']:.4f}"
@@ -113,11 +120,13 @@ class Progress(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._task, note=text if "loss" in logs else f"{text}  {self._loss}")
         elif "eval_loss" in logs or state.global_step % self._lines_every < max(1, args.logging_steps):
-            left = (state.max_steps - state.global_step) * self.log.seconds / max(1, state.global_step)
+            done = max(1, state.global_step - self.log.first_step)
+            left = (state.max_steps - state.global_step) * self.log.seconds / done
             rest = f", {left:.0f} s left" if "loss" in logs else ""
             print(f"step {state.global_step}/{state.max_steps}: {text}{rest}", file=sys.stderr, flush=True)  # noqa: T201
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
         self.close()
 
     def close(self) -> None:
@@ -139,6 +148,7 @@ class StopOnSignal(TrainerCallback):
         self._asked = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the run if it was asked for."""
         asked = self._asked
         if args.world_size > 1 and state.global_step % max(1, state.logging_steps) == 0:
             asked = _any_process(asked, args.device)

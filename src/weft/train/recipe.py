@@ -245,6 +245,8 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     """Apply changes, so that a field of the spec replaces the one in the section, and alpha still follows the rank."""
     merged = {**values, **changes}
     inner = {item.name for item in dataclasses.fields(LoraSpec)}
+    if not isinstance(merged["spec"], Mapping | LoraSpec | None):
+        return merged  # refused by `from_dict`
     section = merged["spec"].to_dict() if isinstance(merged["spec"], LoraSpec) else dict(merged["spec"] or {})
     if "rank" in changes and "alpha" not in changes and section.get("alpha") == section.get("rank"):
         section.pop("alpha", None)

@@ -136,11 +136,11 @@ class Run:
         Raises:
             RunError: no run folder, or one whose training has not ended (says how to go on).
         """
-        from weft.formats import load
-
         folder = Folder(Path(path)).require()
         if not folder.finished:
             raise RunError(f"{path}: this run has not ended; continue it: weft train --resume {shlex.quote(str(path))}")
+        from weft.formats import load
+
         return cls(
             folder.root, load(folder.adapter), Report.from_dict(json.loads(folder.report.read_text(encoding="utf-8")))
         )

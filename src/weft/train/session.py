@@ -103,6 +103,7 @@ class Session:
             classifies=self.inputs.train.kind == "classification",
             lora_plus_ratio=self.recipe.lora_plus_ratio,
             snapshot=self.snapshot,
+            keep=self.recipe.keep,
         )
         evaluated = self.inputs.evaluated
         trainer = AdapterTrainer(
@@ -193,7 +194,6 @@ def training_arguments(recipe: Recipe, schedule: Schedule, folder: Folder, packe
             eval_steps=schedule.eval_every or None,
             save_strategy="steps",
             save_steps=schedule.save_every,
-            save_total_limit=recipe.keep,
             metric_for_best_model=schedule.metric if schedule.eval_every else None,
             greater_is_better=schedule.higher_is_better,
             seed=recipe.seed,

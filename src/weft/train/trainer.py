@@ -42,6 +42,7 @@ class Setup:
         classifies: labels are one a row.
         lora_plus_ratio: learning rate of B over that of A, or None.
         snapshot: makes the adapter that a checkpoint holds; None: none.
+        keep: checkpoints that stay, the best one not counted. Trainer's own limit would remove the last one too.
     """
 
     bank: Bank
@@ -52,6 +53,7 @@ class Setup:
     classifies: bool = False
     lora_plus_ratio: float | None = None
     snapshot: Callable[[], Adapter] | None = None
+    keep: int = 2
 
 
 class AdapterTrainer(Trainer):
@@ -195,7 +197,7 @@ class AdapterTrainer(Trainer):
                     self.state.stateful_callbacks[type(part).__name__] = part.state()
             self.state.save_to_json(str(target / checkpoints.TRAINER_STATE))
             checkpoints.publish(folder, step)
-            checkpoints.rotate(folder, self.args.save_total_limit or 1, self._best_step())
+            checkpoints.rotate(folder, self.setup.keep, self._best_step())
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

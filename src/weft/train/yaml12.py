@@ -52,6 +52,16 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.0123456789")),
 ):  # fmt: skip
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+class _Dumper(yaml.SafeDumper):
+    """A safe dumper that quotes text which a reader of YAML 1.2 would take for a number."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    looks_else = any(pattern.match(text) for found in _Loader.yaml_implicit_resolvers.values() for _, pattern in found)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if looks_else else None)
+
+
+_Dumper.add_representer(str, _represent_text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
 
@@ -94,4 +104,4 @@ def parse_file(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 def dump(values: Mapping[str, Any], headline: str) -> str:
     """YAML text that a reader of either version understands, in the order of the mapping, after a comment."""
-    return f"# {headline}\n" + yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    return f"# {headline}\n" + yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
