@@ -140,18 +140,25 @@ def forward(x: Tensor, sites: Sequence[Operand]) -> tuple[list[Tensor], Tensor |
     thin = _thin_product(x, sites, drawn)
     outputs, column = [], 0
     for site in sites:
-        out = None if site.W is None else F.linear(x, site.W, site.b)
-        if site.A is not None and site.B is not None and thin is not None:
-            part = thin[:, column : column + site.A.shape[0]]
-            column += site.A.shape[0]
-            alpha = site.scale / (1 - site.p)
-            if out is None:
-                out = torch.mm(part, site.B.t()).mul_(alpha)
-            else:
-                out.addmm_(part, site.B.t(), alpha=alpha)
-        assert out is not None
-        outputs.append(out)
+        if site.A is None or thin is None:
+            assert site.W is not None
+            outputs.append(F.linear(x, site.W, site.b))
+            continue
+        part = thin[:, column : column + site.A.shape[0]]
+        column += site.A.shape[0]
+        outputs.append(_update_then_base(x, part, site))
     return outputs, thin, drawn
+
+
+def _update_then_base(x: Tensor, part: Tensor, site: Operand) -> Tensor:
+    """(T, o): the update first, the base's product added to it: one pass over the output less than the other way round."""
+    assert site.B is not None
+    alpha = site.scale / (1 - site.p)
+    if site.b is None:
+        out = torch.mm(part, site.B.t() if alpha == 1 else site.B.t() * alpha)
+    else:
+        out = torch.addmm(site.b, part, site.B.t(), alpha=alpha)
+    return out if site.W is None else out.addmm_(x, site.W.t())
 
 
 def _thin_product(x: Tensor, sites: Sequence[Operand], drawn: list[Tensor]) -> Tensor | None:
@@ -188,10 +195,8 @@ def backward(
     inner = _inner_grads(x, sites, grads, thin)
     flat: list[Tensor | None] = []
     column, masks = 0, iter(drawn)
-    dX: Tensor | None = None
-    if needs.x:
-        dX = _dense_dx(x, sites, grads)
     shared = inner is not None and not drawn
+    dX = _dX(x, sites, grads, inner if shared else None) if needs.x else None
     dA_all = torch.mm(inner.t(), x) if shared and inner is not None and needs.A else None
     for k, (site, grad) in enumerate(zip(sites, grads, strict=True)):
         dW = torch.mm(grad.t(), x) if needs.W[k] and grad is not None else None
@@ -207,10 +212,6 @@ def backward(
                 if dX is not None and not shared:
                     _add_inner(dX, inner[:, rows], site.A, mask)
         flat += [dW, db, dA, dB]
-    if dX is not None and shared and inner is not None:
-        stacked = stack_A(sites)
-        assert stacked is not None
-        dX.addmm_(inner, stacked)
     return dX, flat
 
 
@@ -246,12 +247,15 @@ def _inner_grads(
         if grad is None:
             part.zero_()
         else:
-            torch.mm(grad, site.B * (site.scale / (1 - site.p)), out=part)
+            alpha = site.scale / (1 - site.p)
+            torch.mm(grad, site.B if alpha == 1 else site.B * alpha, out=part)
     return inner
 
 
-def _dense_dx(x: Tensor, sites: Sequence[Operand], grads: Sequence[Tensor | None]) -> Tensor:
-    dX: Tensor | None = None
+def _dX(x: Tensor, sites: Sequence[Operand], grads: Sequence[Tensor | None], inner: Tensor | None) -> Tensor:
+    """Gradient of x: through the updates (if ``inner`` is given), then through the base's products."""
+    stacked = None if inner is None else stack_A(sites)
+    dX = None if inner is None or stacked is None else torch.mm(inner, stacked)
     for site, grad in zip(sites, grads, strict=True):
         if grad is not None and site.W is not None:
             dX = torch.mm(grad, site.W) if dX is None else dX.addmm_(grad, site.W)
