@@ -59,3 +59,36 @@ Generation::
 Every refusal is a `weft.errors.DataError` that names the file, the line and the way out. transformers, datasets, pyarrow and torch
 are imported when they are needed. This package does not know models, adapters or training.
 """
+
+from __future__ import annotations
+
+from weft.data.account import Account, Tally
+from weft.data.batches import Collator, LengthGroupedSampler, collator, padding_share
+from weft.data.encode import encode
+from weft.data.encoded import IGNORED, Encoded
+from weft.data.examples import Examples, Overlap, load_examples, overlap
+from weft.data.kinds import KINDS
+from weft.data.packing import pack, require_packing
+from weft.data.prompts import Prompt, encode_prompts, prompts
+
+__all__ = [
+    "IGNORED",
+    "KINDS",
+    "Account",
+    "Collator",
+    "Encoded",
+    "Examples",
+    "LengthGroupedSampler",
+    "Overlap",
+    "Prompt",
+    "Tally",
+    "collator",
+    "encode",
+    "encode_prompts",
+    "load_examples",
+    "overlap",
+    "pack",
+    "padding_share",
+    "prompts",
+    "require_packing",
+]
