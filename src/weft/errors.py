@@ -15,6 +15,7 @@
     ├── DataError            examples that can't be read or that have no recognised shape
     ├── RecipeError          an unknown key, a wrong type or a contradiction in a recipe     (also a ValueError)
     ├── RunError             a run folder that can't be used as asked
+    │   └── RunStoppedError  a training that was asked to stop; it can go on
     └── MissingDependencyError  an optional library is needed                                (also an ImportError)
 
 A message says what failed, where, what was got, what was expected and what to do next.
@@ -38,6 +39,7 @@ __all__ = [
     "NotFiniteError",
     "RecipeError",
     "RunError",
+    "RunStoppedError",
     "ShapeError",
     "SpecError",
     "TargetError",
@@ -117,6 +119,10 @@ class RecipeError(WeftError, ValueError):
 
 class RunError(WeftError):
     """A run folder that can't be used as asked."""
+
+
+class RunStoppedError(RunError):
+    """A training that was asked to stop, by Ctrl-C or a scheduler's signal; the message says how it goes on."""
 
 
 class MissingDependencyError(WeftError, ImportError):

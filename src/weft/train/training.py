@@ -18,7 +18,7 @@ from torch import nn
 
 from weft.adapter import Provenance
 from weft.core.bank import Bank
-from weft.errors import RecipeError, RunError
+from weft.errors import RecipeError, RunError, RunStoppedError
 from weft.models.attach import attach
 from weft.spec import LoraSpec
 from weft.train import checkpoints
@@ -154,7 +154,7 @@ def _train(
             outcome = session.run()
             if outcome.stopped == "signal":
                 last = checkpoints.newest(folder.checkpoints)
-                raise RunError(
+                raise RunStoppedError(
                     f"stopped at step {outcome.steps} of {schedule.steps}, kept in {last}; go on: weft train --resume {shlex.quote(str(folder.root))}"
                 )
             return _finish(folder, bank, inputs, schedule, provenance, outcome, main)
