@@ -178,7 +178,8 @@ class _Search:
                 if node.kind == "attention":
                     self._attention(node, whole)
                 elif node.path:
-                    self._module(node, whole.get(node.host or ""), is_head=id(node.module) in heads)
+                    by_host = None if node.host is None else whole.get(node.host)
+                    self._module(node, by_host, is_head=id(node.module) in heads)
                 self._parameters(node)
 
     def check(self) -> None:
