@@ -179,8 +179,8 @@ def trained_format(adapter: Adapter | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
-    """Put back what a training changes around the factors: modes, devices, wrapped forwards, the config, random state."""
-    saved = [(module, dict(module.__dict__)) for module in model.modules()]
+    """Put back what a training changes around the factors: modes, hooks, devices, wrapped forwards, the config, random state."""
+    saved = [(module, dict(module.__dict__), _hooks(module)) for module in model.modules()]
     config = getattr(model, "config", None)
     had_cache = getattr(config, "use_cache", None)
     device = next((parameter.device for parameter in model.parameters()), None)
@@ -188,15 +188,24 @@ def as_before(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, before in saved:
+        for module, before, hooks in saved:
             module.__dict__.clear()
             module.__dict__.update(before)
+            for found, entries in hooks:
+                found.clear()
+                found.update(entries)
         if config is not None and had_cache is not None:
             config.use_cache = had_cache
         if device is not None and next(model.parameters()).device != device:
             model.to(device)
         random.setstate(states[0])
         torch.random.set_rng_state(states[1])
+
+
+def _hooks(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    """The module's own dictionaries of hooks, each with a copy of what is in it."""
+    found = (value for name, value in module.__dict__.items() if "hooks" in name and isinstance(value, dict))
+    return [(hooks, dict(hooks)) for hooks in found]
 
 
 def with_head(spec: LoraSpec, model: nn.Module) -> LoraSpec:

@@ -213,7 +213,7 @@ def training_arguments(recipe: Recipe, schedule: Schedule, folder: Folder, packe
             ddp_find_unused_parameters=False,
             average_tokens_across_devices=True,
         )
-    args.load_best_model_at_end = False
+    args.load_best_model_at_end = schedule.best  # said later, for Trainer would refuse more checkpoints than evaluations
     if args.n_gpu > 1:
         args._n_gpu = 1  # DataParallel is not what anybody wants: several GPUs are for `accelerate launch`
     return args

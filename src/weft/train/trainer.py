@@ -232,6 +232,9 @@ class AdapterTrainer(Trainer):
         best = self.state.best_global_step
         return best if best and checkpoints.path_of(Path(self.args.output_dir), best).is_dir() else None
 
+    def _load_best_model(self) -> None:
+        self.restore_best()
+
     def take_over(self, checkpoint: Path) -> None:
         """Be where the run was that wrote this checkpoint, with nothing left to train."""
         self._load_from_checkpoint(str(checkpoint))
