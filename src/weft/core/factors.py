@@ -34,6 +34,7 @@ class Factors:
         kernel: spatial kernel of a convolution; empty for all else.
         magnitude: (d_out,), DoRA's; None for a plain update.
         bias: (d_out,), B's own bias; None without.
+        groups: groups of a convolution; B is then block-diagonal, see `spread_groups`.
 
     Raises:
         ShapeError: A and B disagree on the rank or the experts; names both shapes.
@@ -46,6 +47,7 @@ class Factors:
     kernel: tuple[int, ...] = ()
     magnitude: Tensor | None = None
     bias: Tensor | None = None
+    groups: int = 1
 
     def __post_init__(self) -> None:
         a, b = tuple(self.A.shape), tuple(self.B.shape)
@@ -53,6 +55,8 @@ class Factors:
             raise ShapeError(f"factors disagree: A is {a}, B is {b}; expected A (r, d_in) and B (d_out, r)")
         if self.d_in % math.prod(self.kernel):
             raise ShapeError(f"A is {a}: d_in is no multiple of the kernel {self.kernel}")
+        if self.groups < 1 or (self.groups > 1 and (self.kind != "conv" or a[-2] % self.groups or b[-2] % self.groups)):
+            raise ShapeError(f"groups={self.groups} with A {a} and B {b} of kind {self.kind!r}: only a convolution has groups, and they divide rank and d_out")
         for name, vector in (("magnitude", self.magnitude), ("bias", self.bias)):
             if vector is not None and tuple(vector.shape) != (self.d_out,):
                 raise ShapeError(f"{name} is {tuple(vector.shape)}; B is {b}: expected ({self.d_out},)")
@@ -142,13 +146,17 @@ def concat(parts: list[tuple[Factors, float]]) -> Factors:
     """
     first = parts[0][0]
     for part, _ in parts:
-        same = (part.kind, part.kernel, part.d_in, part.d_out, part.A.shape[:-2])
-        if same != (first.kind, first.kernel, first.d_in, first.d_out, first.A.shape[:-2]):
+        same = (part.kind, part.kernel, part.groups, part.d_in, part.d_out, part.A.shape[:-2])
+        if same != (first.kind, first.kernel, first.groups, first.d_in, first.d_out, first.A.shape[:-2]):
             raise ShapeError(f"updates of different shape can't be summed: {same} and a first part {first.kind} {first.d_out}x{first.d_in}")
         if part.magnitude is not None or part.bias is not None:
             raise ShapeError("an update with a DoRA magnitude or a bias is not linear in its factors: fold it first")
     A = torch.cat([part.A for part, _ in parts], dim=-2)
     B = torch.cat([part.B * (weight * part.scale) for part, weight in parts], dim=-1)
+    if first.groups > 1:  # the ranks of one group stand together
+        ranks = torch.cat([torch.arange(part.rank, device=A.device) // (part.rank // first.groups) for part, _ in parts])
+        order = torch.argsort(ranks, stable=True)
+        A, B = A[order], B[:, order]
     return replace(first, A=A, B=B, scale=1.0)
 
 
@@ -159,9 +167,14 @@ def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
         the factors (balanced: both carry the root of the singular values) and the relative error
         ``‖ΔW − truncated‖ / ‖ΔW‖`` (0.0 for a zero update). QR and an r × r SVD; never the dense matrix.
 
+    Raises:
+        ShapeError: a convolution with groups: the truncated B would not be block-diagonal.
+
     Source:
         Eckart and Young 1936, The approximation of one matrix by another of lower rank.
     """
+    if factors.groups > 1:
+        raise ShapeError(f"an update of a convolution with {factors.groups} groups can't be truncated: B has to stay block-diagonal")
     Q_B, R_B = torch.linalg.qr(factors.B.double())
     Q_A, R_A = torch.linalg.qr(factors.A.double().mT)
     U, S, Vh = torch.linalg.svd(factors.scale * (R_B @ R_A.mT), full_matrices=False)
