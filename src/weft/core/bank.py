@@ -393,7 +393,7 @@ def _start_slot(site: Site, spec: LoraSpec, start: Start) -> Slot:
     pair = None
     if start.start_A is not None and start.start_B is not None:
         pair = _native(site, start.start_A, start.start_B)
-    scale = spec.scale_at(site.path, int(start.A.shape[-2]))
+    scale = start.scale
     return Slot(A, B, scale, magnitude=magnitude, bias=bias, dropout=spec.dropout, start=pair)
 
 
@@ -423,6 +423,7 @@ def _factors(site: Site, slot: Slot) -> Factors:
         A, B, slot.scale, site.kind, site.kernel,
         None if magnitude is None else _cpu(magnitude),  # type: ignore[arg-type]
         None if bias is None else _cpu(bias),  # type: ignore[arg-type]
+        site.groups,
     )  # fmt: skip
 
 

@@ -1,0 +1,39 @@
+"""`make results`: train and evaluate on real weights, and write docs/results.md.
+
+Call it as ``python -m benchmarks.results [e2e] [sst2] [cifar] [medical]``; without names all are run. Each part keeps its figures in
+docs/results/NAME.json, and the page is written anew from all that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from benchmarks.results import cifar, e2e, medical, page, sst2
+
+HERE = Path(__file__).parents[2]
+SHARED = Path(os.environ.get("WEFT_SHARED", HERE.parent / "shared"))
+PARTS = {"e2e": e2e.measure, "sst2": sst2.measure, "cifar": cifar.measure, "medical": medical.measure}
+
+
+def main() -> None:
+    """Run the parts that were named."""
+    names = sys.argv[1:] or list(PARTS)
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise SystemExit(f"unknown part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    if not SHARED.is_dir():
+        raise SystemExit(f"the real data is not here: {SHARED} (set WEFT_SHARED)")
+    folder = HERE / "docs" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        figures = PARTS[name](SHARED)
+        (folder / f"{name}.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        page.write(HERE / "docs" / "results.md", folder)
+        print(f"{name}: {figures['summary']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
