@@ -125,7 +125,7 @@ def check_shape(site: Site, factors: Factors) -> None:
     expected = (*experts, site.d_out, site.d_in)
     if site.experts == 1 and got == expected[1:]:
         got = expected
-    if got != expected or tuple(factors.kernel) != tuple(site.kernel):
+    if got != expected or tuple(factors.kernel) != tuple(site.kernel) or factors.groups != site.groups:
         raise ShapeError(
             f"{site.path}: the adapter's update is {got} {factors.kernel or ''}, the site of the base is {expected} {site.kernel or ''}"
             " (d_out, d_in): it was made for another model"
