@@ -69,7 +69,11 @@ class Account:
 
     def summary(self) -> str:
         """One line for people."""
-        share = f", {self.loss_tokens / self.tokens:.0%} of them learned" if self.tokens > self.loss_tokens > 0 else ""
+        share = (
+            f", {self.loss_tokens / self.tokens:.0%} of them learned"
+            if self.tokens > self.loss_tokens > self.features
+            else ""
+        )
         parts = [f"{self.kept:,} of {self.examples:,} examples kept: {self.tokens:,} tokens{share}"]
         if self.truncated.count:
             places = [

@@ -78,14 +78,14 @@ def tokenise(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
     """Tokens of many texts, without special tokens, in batches that keep all of a tokenizer's threads busy.
 
     Returns:
-        A list of lists of ids; with ``return_offsets_mapping=True`` a list of (ids, offsets).
+        A list of lists of ids, equal texts sharing one list: don't write into them; with ``return_offsets_mapping=True`` a list of (ids, offsets).
     """
-    found: list[Any] = []
-    for start in range(0, len(texts), _CHUNK):
-        chunk = list(texts[start : start + _CHUNK])
+    distinct = list(dict.fromkeys(texts))
+    found: dict[str, Any] = {}
+    for start in range(0, len(distinct), _CHUNK):
+        chunk = distinct[start : start + _CHUNK]
         out = tokenizer(chunk, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
-        if "offset_mapping" in out:
-            found += zip(out["input_ids"], out["offset_mapping"], strict=True)
-        else:
-            found += out["input_ids"]
-    return found
+        ids = out["input_ids"]
+        made = zip(ids, out["offset_mapping"], strict=True) if "offset_mapping" in out else ids
+        found.update(zip(chunk, made, strict=True))
+    return [found[text] for text in texts]

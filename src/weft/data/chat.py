@@ -111,10 +111,12 @@ class Template:
             DataError: the template is not prefix-stable, see `_spans`; or it refuses a conversation.
         """
         if self.has_generation and not only_last:
-            texts, spans = map(list, zip(*(self._generation_spans(talk) for talk in talks), strict=True))
+            found_spans = [self._generation_spans(talk) for talk in talks]
+            texts, spans = [text for text, _ in found_spans], [span for _, span in found_spans]
         else:
             texts = [self.render(talk) for talk in talks]
             spans = [self._spans(talk, text, only_last) for talk, text in zip(talks, texts, strict=True)]
+        found: list[tuple[list[int], list[bool]]]
         if self.tokenizer.is_fast:
             pairs = tokenise(self.tokenizer, texts, return_offsets_mapping=True)
             found = [(ids, _covered(offsets, span)) for (ids, offsets), span in zip(pairs, spans, strict=True)]
@@ -132,7 +134,7 @@ class Template:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 conversations=[[dict(message) for message in talk.messages]],
                 tools=talk.tools,
                 chat_template=self.tokenizer.get_chat_template(self.template, talk.tools),
@@ -141,6 +143,7 @@ class Template:
             )
         except _refusals(jinja2) as error:
             raise self._refused(talk, talk.messages, error) from error
+        texts, spans = rendered
         return texts[0], [(int(start), int(end)) for start, end in spans[0]]
 
     def _spans(self, talk: Conversation, text: str, only_last: bool) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from weft.errors import DataError, did_you_mean
 
@@ -80,10 +80,8 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         DataError: the file can't be read, or its compressed stream is damaged or cut off.
     """
-    with _readable(path):
-        stream: IO[bytes] = gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[assignment]
-        with stream:
-            yield stream
+    with _readable(path), gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+        yield cast(IO[bytes], stream)
 
 
 @contextmanager
@@ -136,6 +134,6 @@ def _likely_encoding(line: bytes) -> str:
 
 
 def beginning(text: str, limit: int = 60) -> str:
-    """The beginning of a text for a message: ``"'{\\"prompt\\": …' (81,234 characters)"``."""
+    """The beginning of a text for a message, quoted, with its size where it is longer."""
     shown = text.strip()
     return repr(shown) if len(shown) <= limit else f"{shown[:limit]!r} … ({len(shown):,} characters)"

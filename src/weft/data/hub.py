@@ -51,9 +51,9 @@ def read_hub(address: Address, limit: int | None) -> Table:
         DataError: unknown, private, offline, an unknown configuration or split.
     """
     datasets = _library()
-    import huggingface_hub.errors as hub_errors
+    from huggingface_hub import errors
 
-    refusals = (datasets.exceptions.DatasetsError, hub_errors.HTTPError, OSError, ValueError, RuntimeError)
+    refusals = (datasets.exceptions.DatasetsError, errors.HTTPError, OSError, ValueError, RuntimeError)
     try:
         loaded = datasets.load_dataset(address.name, address.config, split=address.split)
     except refusals as error:

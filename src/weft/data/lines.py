@@ -52,13 +52,13 @@ def read_json(path: Path, limit: int | None) -> Table:
 
 def _parse(path: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.rstrip("\r\n"))
     except RecursionError as error:
         raise DataError(f"{path}, line {number}: nested too deep: {beginning(line)}") from error
     except ValueError as error:  # JSONDecodeError, and numbers with more digits than Python converts
         if number == 1 and ending(path) == ".json":
             _refuse_one_object(path)
-        what = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+        what = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
         hint = next((f" ({hint})" for pattern, hint in _HINTS if pattern.search(line)), "")
         if "\r" in line.rstrip("\r\n"):
             hint = " (its lines end in CR alone; convert them to LF)"
@@ -90,7 +90,7 @@ def _read_list(path: Path, limit: int | None) -> Table:
     except json.JSONDecodeError as error:
         line = text.splitlines()[error.lineno - 1] if error.lineno <= text.count("\n") + 1 else ""
         raise DataError(
-            f"{path}, line {error.lineno}: invalid JSON: {error.msg} at character {error.colno}: {beginning(line)}"
+            f"{path}, line {error.lineno}: invalid JSON: {error.msg.removesuffix(' at')} at character {error.colno}: {beginning(line)}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: invalid JSON: {error}") from error

@@ -109,7 +109,7 @@ def require_packing(model: nn.Module) -> None:
         )
     import torch
 
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randint(vocabulary, (2, size), generator=generator).to(device) for size in (7, 9))

@@ -89,8 +89,7 @@ def _looks_like_file(text: str) -> bool:
         ending(path) in ENDINGS
         or text.startswith((".", "/", "~"))
         or text.count("/") > 1
-        or path.parent.name != ""
-        and path.parent.is_dir()
+        or (path.parent.name != "" and path.parent.is_dir())
     )
 
 
