@@ -30,6 +30,7 @@ class Provenance:
 
     Attributes:
         base: fingerprint of the base; None where the file didn't say (an adapter that another tool wrote).
+        base_name: what such a file calls its base: a name, no proof.
         data: one entry a data set: ``{"source", "digest", "examples"}``.
         recipe: the recipe that trained it.
         parents: digests (and weights) of the adapters it was made from.
@@ -39,6 +40,7 @@ class Provenance:
     """
 
     base: Fingerprint | None = None
+    base_name: str | None = None
     data: tuple[Mapping[str, Any], ...] = ()
     recipe: Mapping[str, Any] | None = None
     parents: tuple[Mapping[str, Any], ...] = ()
@@ -162,16 +164,18 @@ class Adapter:
         for path, item in self.factors.items():
             item.check_finite(path)
 
-    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False, for_peft: bool = True) -> Path:
         """Write a directory that `weft.load` and PEFT's ``PeftModel.from_pretrained`` read; beside, then renamed.
 
         Args:
-            directory: where to; must not exist, unless ``overwrite``.
+            directory: where to; must not hold an adapter, unless ``overwrite``.
             overwrite: replace an adapter that stands there. Other files in the directory are left alone.
+            for_peft: False keeps what PEFT's files can't express: the directory is then read by weft alone.
 
         Raises:
-            FormatError: the directory holds an adapter already; or a feature that PEFT's files can't express.
+            FormatError: the directory holds an adapter already.
+            UnsupportedError: a feature that PEFT's files can't express; names it and the site.
         """
         from weft.formats.peft import write  # the one upward import: a value that can save itself
 
-        return write(self, directory, overwrite=overwrite)
+        return write(self, directory, overwrite=overwrite, for_peft=for_peft)
