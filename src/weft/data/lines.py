@@ -58,7 +58,11 @@ def _parse(path: Path, number: int, line: str) -> Any:
     except ValueError as error:  # JSONDecodeError, and numbers with more digits than Python converts
         if number == 1 and ending(path) == ".json":
             _refuse_one_object(path)
-        what = f"{error.msg.removesuffix(' at')} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+        what = (
+            f"{error.msg.removesuffix(' at')} at character {error.pos + 1}"
+            if isinstance(error, json.JSONDecodeError)
+            else str(error)
+        )
         hint = next((f" ({hint})" for pattern, hint in _HINTS if pattern.search(line)), "")
         if "\r" in line.rstrip("\r\n"):
             hint = " (its lines end in CR alone; convert them to LF)"

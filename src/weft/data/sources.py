@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from weft.data.files import ENDINGS, check_file, ending, missing
+from weft.data.files import ENDINGS, beginning, check_file, ending, missing
 from weft.errors import DataError, some_names
 
 __all__ = ["Table", "read_table"]
@@ -55,7 +55,10 @@ def read_table(source: Any, limit: int | None = None) -> Table:
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: expected at least 1 row, or None for all")
-    table = _read_text(source, limit) if isinstance(source, str | Path) else _read_object(source, limit)
+    try:
+        table = _read_text(source, limit) if isinstance(source, str | Path) else _read_object(source, limit)
+    except OSError as error:  # a folder on the way that may not be entered, a name that no file system takes
+        raise DataError(f"{beginning(str(source), 200)}: can't be read: {error.strerror or error}") from error
     if not table.rows:
         raise DataError(f"{table.name}: no rows in it; expected one example a {table.unit}")
     return table
@@ -67,6 +70,10 @@ def _read_text(source: str | Path, limit: int | None) -> Table:
     text = str(source)
     if not text.strip():
         raise DataError("the data source is an empty text; expected a file, a folder or a hub data set 'org/name'")
+    if "\n" in text or "\0" in text:
+        raise DataError(
+            f"the data source is not the name of a file: {beginning(text)}; give texts as a list: [{{'text': …}}]"
+        )
     path = Path(text).expanduser()
     if path.is_dir():
         return hub.read_folder(path, None, limit)

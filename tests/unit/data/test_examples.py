@@ -66,7 +66,16 @@ def test_splits_of_classes_keep_all_label_names():
 
 
 def test_overlap_counts_rows_and_prompts_and_warns():
-    train, other = asked("a", "b", "c"), load_examples([{"prompt": "x", "completion": "y"}, {"prompt": "b", "completion": "answer 1"}, {"prompt": "c", "completion": "z"}])
+    train, other = (
+        asked("a", "b", "c"),
+        load_examples(
+            [
+                {"prompt": "x", "completion": "y"},
+                {"prompt": "b", "completion": "answer 1"},
+                {"prompt": "c", "completion": "z"},
+            ]
+        ),
+    )
     found = overlap(train, other)
     assert (found.rows, found.prompts, found.count, found.total) == (1, 2, 2, 3)
     assert "2 of 3 evaluation examples" in found.warning()

@@ -61,7 +61,9 @@ def test_other_names_are_never_guessed_but_proposed():
     message = refused([{"question": "a", "answer": "b", "id": 1}])
     assert 'columns={"prompt": "question", "completion": "answer"}' in message
     assert "--columns prompt=question,completion=answer" in message
-    assert "--columns prompt=instruction+input,completion=output" in refused([{"instruction": "a", "input": "", "output": "b"}])
+    assert "--columns prompt=instruction+input,completion=output" in refused(
+        [{"instruction": "a", "input": "", "output": "b"}]
+    )
     assert "--columns text=sentence" in refused([{"sentence": "a", "label": 1}])
     assert "--columns messages=conversations" in refused([{"conversations": TALK}])
     assert "--columns prompt=…" in refused([{"x": "a", "y": "b"}])
@@ -73,7 +75,9 @@ def test_columns_are_mapped_and_joined():
     found = load_examples(rows, columns={"prompt": "instruction+input", "completion": "output"})
     assert [row["prompt"] for row in found] == ["Add.\n1 2", "Hi"]
     assert set(found[0]) == {"prompt", "completion"}
-    swapped = load_examples([{"prompt": "a", "completion": "b"}], columns={"prompt": "completion", "completion": "prompt"})
+    swapped = load_examples(
+        [{"prompt": "a", "completion": "b"}], columns={"prompt": "completion", "completion": "prompt"}
+    )
     assert dict(swapped[0]) == {"prompt": "b", "completion": "a"}
     found = load_examples([{"prompt": "a", "question": "q", "completion": "b"}], columns={"prompt": "question"})
     assert found[0]["prompt"] == "q"
@@ -120,7 +124,12 @@ def test_messages_that_are_none(messages, said):
 def test_parts_of_text_are_joined_and_tool_calls_need_no_content():
     parts = [{"type": "text", "text": "he"}, {"type": "text", "text": "llo"}]
     calls = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
-    found = load_examples([{"messages": [TALK[0], {"role": "assistant", "content": parts}]}, {"messages": calls, "tools": [{"name": "f"}]}])
+    found = load_examples(
+        [
+            {"messages": [TALK[0], {"role": "assistant", "content": parts}]},
+            {"messages": calls, "tools": [{"name": "f"}]},
+        ]
+    )
     assert found[0]["messages"] == TALK
     assert found[1]["messages"] == [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]
     assert "'tools' is a number" in refused([{"messages": TALK, "tools": 3}])
@@ -141,7 +150,11 @@ def test_half_characters_are_refused(write):
 
 
 def test_missing_values_are_said_and_become_empty(write):
-    found = load_examples(write("a.jsonl", '{"prompt": "a", "completion": null}\n{"prompt": "b", "completion": "c"}\n{"completion": "d"}\n'))
+    found = load_examples(
+        write(
+            "a.jsonl", '{"prompt": "a", "completion": null}\n{"prompt": "b", "completion": "c"}\n{"completion": "d"}\n'
+        )
+    )
     assert [row["completion"] for row in found] == ["", "c", "d"]
     assert "1 without 'completion' (first: line 1)" in found.summary()
     assert "1 without 'prompt' (first: line 3)" in found.summary()
@@ -192,7 +205,10 @@ def test_labels_of_the_training_set_hold_for_other_sets():
     assert "Did you mean 'neutral'" in message
 
 
-@pytest.mark.parametrize(("label", "said"), [(None, "no label"), ("", "no label"), (0.5, "a number"), ([1], "a list"), (float("nan"), "a number")])
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [(None, "no label"), ("", "no label"), (0.5, "a number"), ([1], "a list"), (float("nan"), "a number")],
+)
 def test_labels_that_are_none(label, said):
     message = refused(label_rows(1, label))
     assert "row 2" in message

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
 import json
-import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from weft.data import load_examples
 from weft.errors import DataError
@@ -133,7 +135,9 @@ def test_wrong_encodings_name_line_byte_and_the_way_out(write):
     message = refused(write("a.jsonl", LINE.encode() + '{"text": "caf\xe9"}\n'.encode("latin-1")))
     assert "line 2: byte 14 (0xe9" in message
     assert "iconv -f WINDOWS-1252" in message
-    assert "iconv -f GB18030" in refused(write("a.csv", "prompt,completion\n请问该病情需要到哪个科室就诊,好\n".encode("gb18030")))
+    assert "iconv -f GB18030" in refused(
+        write("a.csv", "prompt,completion\n请问该病情需要到哪个科室就诊,好\n".encode("gb18030"))
+    )
     assert "UTF-16" in refused(write("a.txt", "text".encode("utf-16")))
     assert "iconv" in refused(write("a.json", '[{"text": "caf\xe9"}]'.encode("latin-1")))
 
@@ -145,7 +149,9 @@ def test_empty_files_and_lfs_pointers(write, name):
     assert "git lfs pull" in refused(write(name, pointer))
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.jsonl", b"\n \n"), ("a.csv", b"text,label\n"), ("a.txt", b"\n \n\t"), ("a.csv", b"\n")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", b"\n \n"), ("a.csv", b"text,label\n"), ("a.txt", b"\n \n\t"), ("a.csv", b"\n")]
+)
 def test_files_without_rows(write, name, content):
     assert "no rows in it" in refused(write(name, content))
 
@@ -176,11 +182,22 @@ def test_missing_files_and_folders(write, tmp_path):
     assert "empty text" in refused("  ")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
-def test_unreadable_files(write):
+def test_names_that_no_file_has(tmp_path):
+    assert "not the name of a file" in refused('{"text": "a"}\n{"text": "b"}\n')
+    assert "not the name of a file" in refused("a\0b")
+    assert "can't be read: File name too long" in refused("a" * 5000)
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    assert "loop.jsonl" in refused(tmp_path / "loop.jsonl")
+
+
+def test_files_that_may_not_be_read(write, monkeypatch):
     path = write("a.jsonl", LINE)
-    path.chmod(0)
-    assert "can't be read: Permission denied" in refused(path)
+
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert "a.jsonl: can't be read: Permission denied" in refused(path)
 
 
 def test_csv_that_is_no_table(write):
@@ -247,3 +264,39 @@ def test_iterable_and_formatted_data_sets(tmp_path: Path):
     data = datasets.Dataset.from_list([{"text": "a", "label": 0}, {"text": "b", "label": 1}])
     assert load_examples(data.to_iterable_dataset()).digest == load_examples(data).digest
     assert load_examples(data.with_format("numpy")).labels == ("0", "1")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "x"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+COLUMNS = st.sampled_from(["prompt", "completion", "references", "messages", "tools", "text", "label", "x"])
+
+
+@given(
+    st.lists(st.dictionaries(COLUMNS, JSON, max_size=4), max_size=4),
+    st.sampled_from([None, "chat", "completion", "classification", "text"]),
+)
+def test_rows_of_anything_are_read_or_refused(rows, kind):
+    try:
+        found = load_examples(rows, kind=kind)
+    except DataError:
+        return
+    assert found.summary()
+    assert len(found.digest) == 64
+
+
+@given(
+    st.binary(max_size=60),
+    st.sampled_from([b"", b'{"text": "a"}\n', b"text,label\n", b"[", b"PAR1", b"\x1f\x8b\x08"]),
+    st.sampled_from([".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".jsonl.gz"]),
+)
+def test_bytes_of_anything_are_read_or_refused(tmp_path_factory, content, start, ending):
+    path = tmp_path_factory.mktemp("fuzz") / f"a{ending}"
+    path.write_bytes(start + content)
+    with contextlib.suppress(DataError):
+        assert load_examples(path).digest
