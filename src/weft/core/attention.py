@@ -74,7 +74,9 @@ def _is_adapted(module: AttentionSite) -> bool:
     out = module.out_proj.__dict__.get("_weft")
     if out is not None and "weight" in out.sites and out.sites["weight"].active is not None:
         return True
-    return any(value is not None for state in (module._weft, out) if state is not None for value in state.values.values())
+    return any(
+        value is not None for state in (module._weft, out) if state is not None for value in state.values.values()
+    )
 
 
 def _to_NLE(module: AttentionSite, x: Tensor) -> Tensor:
@@ -102,7 +104,9 @@ def _project(module: AttentionSite, query: Tensor, key: Tensor, value: Tensor) -
         parts = []
         for index, x in enumerate((query, key, value)):
             rows = slice(index * width, (index + 1) * width)
-            part = Operand(weights[index], None if bias is None else bias[rows], A, None if B is None else B[rows], scale, p)
+            part = Operand(
+                weights[index], None if bias is None else bias[rows], A, None if B is None else B[rows], scale, p
+            )
             parts.append(ops.linear(x, part))
         q, k, v = parts
     if slot is not None and slot.bias is not None:

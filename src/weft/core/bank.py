@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from weft.adapter import Adapter, Provenance
 from weft.core import loading
 from weft.core.attention import AttentionSite
-from weft.core.factors import Factors, compact_groups, spread_groups
+from weft.core.filling import check_features, loaded_slot, snapshot, start_slot, to_cpu
 from weft.core.groups import form_groups
-from weft.core.inits import Start, initialise
-from weft.core.layers import mixin_for, row_norms
+from weft.core.inits import initialise
+from weft.core.layers import mixin_for
 from weft.core.parameters import lazy_weight
 from weft.core.sites import Site, SiteMap, find_sites
 from weft.core.slots import Placed, Slot, State, hold, let_go, place, restore, slot_key
 from weft.core.surroundings import Surroundings
 from weft.core.whole import WholeSite, copy_whole, tie_copies
-from weft.errors import BankError, SpecError, did_you_mean, some_names
+from weft.errors import BankError, did_you_mean, some_names
 from weft.identity import Fingerprint, fingerprint
 from weft.spec import LoraSpec
 
@@ -68,7 +68,9 @@ def attach(
         TargetError: a part of a spec matches nothing. Whatever is raised, the model is left as it was.
     """
     if "_weft_bank" in model.__dict__:
-        raise BankError("this model has a bank already: add another adapter with bank.add(name, spec), or bank.detach() first")
+        raise BankError(
+            "this model has a bank already: add another adapter with bank.add(name, spec), or bank.detach() first"
+        )
     bank = Bank(model)
     named = {"default": specs} if isinstance(specs, LoraSpec) else dict(specs)
     try:
@@ -140,7 +142,7 @@ class Bank:
         """
         self._check_new(name)
         found = find_sites(self.model, spec)
-        _check_features(spec, found.sites)
+        check_features(spec, found.sites)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         current, self_state = self.current, self.use
         self_state(None)
@@ -148,11 +150,17 @@ class Bank:
             starts = initialise(found.sites, spec, generator=generator, batches=batches, model=self.model)
         finally:
             self_state(current)
-        slots = {site.path: _start_slot(site, spec, starts[site.path]) for site in found.sites}
+        slots = {site.path: start_slot(site, spec, starts[site.path]) for site in found.sites}
         self._install(name, _Entry(spec, slots, notes=found.notes), found, None)
 
     def load(
-        self, name: str, adapter: Adapter, *, trainable: bool = False, allow_other_base: bool = False, allow_partial: bool = False
+        self,
+        name: str,
+        adapter: Adapter,
+        *,
+        trainable: bool = False,
+        allow_other_base: bool = False,
+        allow_partial: bool = False,
     ) -> None:
         """Put a finished adapter into the bank, under a new name.
 
@@ -175,7 +183,7 @@ class Bank:
         if not allow_partial:
             loading.check_complete(adapter, self._expected_sites(adapter.spec))
         dtype = loading.factor_dtype(self.model)
-        slots = {site.path: _loaded_slot(site, adapter, trainable, dtype) for site in found.sites}
+        slots = {site.path: loaded_slot(site, adapter, trainable, dtype) for site in found.sites}
         entry = _Entry(adapter.spec, slots, notes=found.notes, provenance=adapter.provenance)
         self._install(name, entry, found, adapter, trainable)
 
@@ -226,12 +234,14 @@ class Bank:
         """
         name = self._only_name() if name is None else name
         entry = self._entry(name)
-        factors = {path: _factors(self._placed[path].site, slot) for path, slot in entry.sites.items()}
-        whole = {path: {key: _cpu(t) for key, t in module.state_dict().items()} for path, module in entry.whole.items()}
+        factors = {path: snapshot(self._placed[path].site, slot) for path, slot in entry.sites.items()}
+        whole = {
+            path: {key: to_cpu(t) for key, t in module.state_dict().items()} for path, module in entry.whole.items()
+        }
         came = provenance or entry.provenance
         came = loading.with_base(came, self._fingerprint(tuple(entry.whole)))
         spec = loading.spec_of(entry.spec, factors)
-        return Adapter(spec, factors, whole, {path: _cpu(t) for path, t in entry.biases.items()}, came)
+        return Adapter(spec, factors, whole, {path: to_cpu(t) for path, t in entry.biases.items()}, came)
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable parameters of one adapter: (full name in the model, parameter); tied ones once."""
@@ -265,7 +275,9 @@ class Bank:
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
-            raise BankError(f"no adapter {name!r} in this bank.{did_you_mean(str(name), self.names)} There are: {some_names(self.names) or 'none'}")
+            raise BankError(
+                f"no adapter {name!r} in this bank.{did_you_mean(str(name), self.names)} There are: {some_names(self.names) or 'none'}"
+            )
         return self._entries[name]
 
     def _only_name(self) -> str:
@@ -277,7 +289,9 @@ class Bank:
         if not isinstance(name, str) or not name or any(ord(letter) < 32 for letter in name):
             raise BankError(f"an adapter's name is non-empty text, got {name!r}")
         if name in self._entries:
-            raise BankError(f"this bank has an adapter {name!r} already: choose another name, or bank.drop({name!r}) first")
+            raise BankError(
+                f"this bank has an adapter {name!r} already: choose another name, or bank.drop({name!r}) first"
+            )
         if self.model.__dict__.get("_weft_bank") is not self:
             raise BankError("this bank was detached: attach a new one")
 
@@ -379,74 +393,3 @@ def _state(module: nn.Module) -> State:
 
 def _child(key: str, weight_name: str) -> str:
     return key if weight_name == "weight" else f"{key}:{weight_name}"
-
-
-def _cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone()
-
-
-def _start_slot(site: Site, spec: LoraSpec, start: Start) -> Slot:
-    """A trainable slot from an initialisation."""
-    A, B = _native(site, start.A, start.B)
-    magnitude = _norms(site).to(A.dtype) if spec.dora else None
-    bias = B.new_zeros(site.d_out) if spec.lora_bias else None
-    pair = None
-    if start.start_A is not None and start.start_B is not None:
-        pair = _native(site, start.start_A, start.start_B)
-    scale = start.scale
-    return Slot(A, B, scale, magnitude=magnitude, bias=bias, dropout=spec.dropout, start=pair)
-
-
-def _loaded_slot(site: Site, adapter: Adapter, trainable: bool, dtype: torch.dtype) -> Slot:
-    factors = adapter.factors[site.path]
-    loading.check_shape(site, factors)
-    device = site.module._parameters[site.weight_name].device  # type: ignore[union-attr]
-    moved = factors.map(lambda tensor: tensor.detach().to(device, dtype, copy=True))
-    A, B = _native(site, moved.A, moved.B)
-    tensors = {"magnitude": moved.magnitude, "bias": moved.bias}
-    return Slot(A, B, factors.scale, **tensors, dropout=adapter.spec.dropout, trainable=trainable)
-
-
-def _native(site: Site, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    if site.kind != "conv":
-        return A, B
-    return A.reshape(A.shape[0], -1, *site.kernel), compact_groups(B, site.groups)
-
-
-def _factors(site: Site, slot: Slot) -> Factors:
-    """A snapshot of a slot; a starting product becomes part of the factors (rank 2r)."""
-    A, B = (_cpu(tensor) for tensor in slot.pair())
-    if site.kind == "conv":
-        A, B = A.flatten(1), spread_groups(B.flatten(1), site.groups)
-    magnitude, bias = slot.magnitude, slot.bias
-    return Factors(
-        A, B, slot.scale, site.kind, site.kernel,
-        None if magnitude is None else _cpu(magnitude),  # type: ignore[arg-type]
-        None if bias is None else _cpu(bias),  # type: ignore[arg-type]
-        site.groups,
-    )  # fmt: skip
-
-
-def _norms(site: Site) -> Tensor:
-    """‖W‖ by output: DoRA's magnitude at the start."""
-    weight = site.weight.detach()
-    weight = weight.t() if site.transposed else weight
-    zero = weight.new_zeros(1, 1)
-    return row_norms(weight, zero.expand(1, weight.flatten(1).shape[1]), zero.expand(weight.shape[0], 1), 1.0)
-
-
-def _check_features(spec: LoraSpec, sites: tuple[Site, ...]) -> None:
-    """Combinations that a kind of layer can't have, refused by name rather than ignored."""
-    for site in sites:
-        bare = site.kind in ("attention", "parameter")
-        refused = (
-            (spec.dora and (bare or site.groups > 1), "dora", "a bare parameter, an attention's in_proj or a grouped convolution"),
-            (spec.dropout > 0 and site.kind == "parameter", "dropout", "a bare parameter, whose input nobody knows"),
-            (spec.lora_bias and site.kind in ("parameter", "embedding"), "lora_bias", "a bare parameter or an embedding"),
-        )  # fmt: skip
-        for broken, feature, what in refused:
-            if broken:
-                raise SpecError(
-                    f"LoraSpec.{feature} is not defined for {what}: {site.path!r}. Leave it out with exclude=[…], or give it an "
-                    "adapter of its own"
-                )

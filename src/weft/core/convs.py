@@ -37,7 +37,9 @@ class Geometry:
         """The convolution itself."""
         return _CONVS[len(self.stride)](x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
-    def grads(self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, needs: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+    def grads(
+        self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, needs: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
         """(dX, dW) of the convolution, None where not needed."""
         zeros = [0] * len(self.stride)
         dX, dW, _ = torch.ops.aten.convolution_backward(

@@ -56,7 +56,9 @@ class Factors:
         if self.d_in % math.prod(self.kernel):
             raise ShapeError(f"A is {a}: d_in is no multiple of the kernel {self.kernel}")
         if self.groups < 1 or (self.groups > 1 and (self.kind != "conv" or a[-2] % self.groups or b[-2] % self.groups)):
-            raise ShapeError(f"groups={self.groups} with A {a} and B {b} of kind {self.kind!r}: only a convolution has groups, and they divide rank and d_out")
+            raise ShapeError(
+                f"groups={self.groups} with A {a} and B {b} of kind {self.kind!r}: only a convolution has groups, and they divide rank and d_out"
+            )
         for name, vector in (("magnitude", self.magnitude), ("bias", self.bias)):
             if vector is not None and tuple(vector.shape) != (self.d_out,):
                 raise ShapeError(f"{name} is {tuple(vector.shape)}; B is {b}: expected ({self.d_out},)")
@@ -148,13 +150,17 @@ def concat(parts: list[tuple[Factors, float]]) -> Factors:
     for part, _ in parts:
         same = (part.kind, part.kernel, part.groups, part.d_in, part.d_out, part.A.shape[:-2])
         if same != (first.kind, first.kernel, first.groups, first.d_in, first.d_out, first.A.shape[:-2]):
-            raise ShapeError(f"updates of different shape can't be summed: {same} and a first part {first.kind} {first.d_out}x{first.d_in}")
+            raise ShapeError(
+                f"updates of different shape can't be summed: {same} and a first part {first.kind} {first.d_out}x{first.d_in}"
+            )
         if part.magnitude is not None or part.bias is not None:
             raise ShapeError("an update with a DoRA magnitude or a bias is not linear in its factors: fold it first")
     A = torch.cat([part.A for part, _ in parts], dim=-2)
     B = torch.cat([part.B * (weight * part.scale) for part, weight in parts], dim=-1)
     if first.groups > 1:  # the ranks of one group stand together
-        ranks = torch.cat([torch.arange(part.rank, device=A.device) // (part.rank // first.groups) for part, _ in parts])
+        ranks = torch.cat(
+            [torch.arange(part.rank, device=A.device) // (part.rank // first.groups) for part, _ in parts]
+        )
         order = torch.argsort(ranks, stable=True)
         A, B = A[order], B[:, order]
     return replace(first, A=A, B=B, scale=1.0)
@@ -174,7 +180,9 @@ def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
         Eckart and Young 1936, The approximation of one matrix by another of lower rank.
     """
     if factors.groups > 1:
-        raise ShapeError(f"an update of a convolution with {factors.groups} groups can't be truncated: B has to stay block-diagonal")
+        raise ShapeError(
+            f"an update of a convolution with {factors.groups} groups can't be truncated: B has to stay block-diagonal"
+        )
     Q_B, R_B = torch.linalg.qr(factors.B.double())
     Q_A, R_A = torch.linalg.qr(factors.A.double().mT)
     U, S, Vh = torch.linalg.svd(factors.scale * (R_B @ R_A.mT), full_matrices=False)
@@ -208,5 +216,7 @@ def compact_groups(B: Tensor, groups: int) -> Tensor:
     blocks = [B[k * rows : (k + 1) * rows, k * columns : (k + 1) * columns] for k in range(groups)]
     compact = torch.cat(blocks)
     if not torch.equal(spread_groups(compact, groups), B):
-        raise ShapeError(f"B is {tuple(B.shape)} with numbers outside of its {groups} diagonal blocks: no update of a grouped convolution")
+        raise ShapeError(
+            f"B is {tuple(B.shape)} with numbers outside of its {groups} diagonal blocks: no update of a grouped convolution"
+        )
     return compact

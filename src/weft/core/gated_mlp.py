@@ -71,7 +71,13 @@ class _GatedMLP(torch.autograd.Function):
 
 
 def _through_down(
-    down: Operand, grad: Tensor, gate: Tensor, up: Tensor, thin: Tensor | None, drawn: list[Tensor], needs: Sequence[bool]
+    down: Operand,
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    thin: Tensor | None,
+    drawn: list[Tensor],
+    needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Gradients of gate(x) and up(x), each (T, i_down), and those of the down projection's tensors."""
     activated = F.silu(gate)

@@ -60,7 +60,10 @@ class Group:
         if waiting is not None and waiting.x is not x and waiting.outputs:
             self.dissolve()
             return self._alone(placed, x)
-        if not all(other.active is not None and other.active.plain and not _is_watched(module) for module, other in self.members):
+        if not all(
+            other.active is not None and other.active.plain and not _is_watched(module)
+            for module, other in self.members
+        ):
             return self._alone(placed, x)
         results = ops.linears(x, [operand(module, other) for module, other in self.members])
         outputs = {id(other): result for (_, other), result in zip(self.members, results, strict=True)}

@@ -166,7 +166,9 @@ def fill_whole(clone: nn.Module, tensors: Mapping[str, Tensor], path: str) -> No
         raise KeysError(f"{path}: the adapter's module and the base's differ in {some_names(wrong)}")
     for name, tensor in tensors.items():
         if own[name].shape != tensor.shape:
-            raise ShapeError(f"{path}.{name}: {tuple(tensor.shape)} in the adapter, {tuple(own[name].shape)} in the base")
+            raise ShapeError(
+                f"{path}.{name}: {tuple(tensor.shape)} in the adapter, {tuple(own[name].shape)} in the base"
+            )
     clone.load_state_dict(dict(tensors))
 
 
@@ -181,8 +183,11 @@ def spec_of(spec: LoraSpec, factors: Mapping[str, Factors]) -> LoraSpec:
     A starting product doubles the ranks, and data-driven initialisations spread them: ranks and alphas are then written down by
     site, and the initialisation, which has been used up, is the plain one.
     """
-    if all(item.rank == spec.rank_at(path) and _near(item.scale, spec.scale_at(path)) for path, item in factors.items()):
+    if all(
+        item.rank == spec.rank_at(path) and _near(item.scale, spec.scale_at(path)) for path, item in factors.items()
+    ):
         return spec
+
     def alpha(item: Factors) -> float:
         return item.scale * (math.sqrt(item.rank) if spec.rslora else item.rank)
 
@@ -194,7 +199,9 @@ def spec_of(spec: LoraSpec, factors: Mapping[str, Factors]) -> LoraSpec:
         rank=usual,
         alpha=usual_alpha,
         rank_pattern={_literal(path): item.rank for path, item in factors.items() if item.rank != usual},
-        alpha_pattern={_literal(path): alpha(item) for path, item in factors.items() if not _near(alpha(item), usual_alpha)},
+        alpha_pattern={
+            _literal(path): alpha(item) for path, item in factors.items() if not _near(alpha(item), usual_alpha)
+        },
         init="kaiming",
     )
 

@@ -80,7 +80,9 @@ class MergeReport:
         worst = self.worst
         lines = [f"{len(self.sites)} sites merged in {self.dtype}; {self.survived:.2%} of the update survived rounding"]
         if worst is not None:
-            lines.append(f"least at {worst.path}: {worst.survived:.2%} of ‖ΔW‖ = {worst.norm:.3g} ({worst.relative:.2%} of ‖W‖)")
+            lines.append(
+                f"least at {worst.path}: {worst.survived:.2%} of ‖ΔW‖ = {worst.norm:.3g} ({worst.relative:.2%} of ‖W‖)"
+            )
         if self.untied:
             lines.append(f"no longer tied: {', '.join(self.untied)}")
         if self.replaced:
@@ -192,7 +194,9 @@ def _original(model: nn.Module, name: str) -> Tensor:
 def _merge_site(site: Site, factors: Factors, original: Tensor) -> MergedSite:
     weight = site.module._parameters[site.weight_name]
     if weight is None or not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None:
-        raise MergeError(f"{site.path}: the base's weight is quantised; load the base unquantised (dtype=…) to merge into it")
+        raise MergeError(
+            f"{site.path}: the base's weight is quantised; load the base unquantised (dtype=…) to merge into it"
+        )
     wide = torch.promote_types(weight.dtype, torch.float32)
     W = original.to(weight.device, wide)
     new = W + dense_update(site, factors).to(weight.device, wide)
@@ -231,7 +235,9 @@ def _merge_own_bias(site: Site, factors: Factors, row: MergedSite) -> None:
         )
     addend = factors.scale * factors.bias.to(bias.device, torch.promote_types(bias.dtype, torch.float32))
     if factors.magnitude is not None:
-        raise MergeError(f"{row.path}: a bias of B under DoRA's magnitude can't be merged; keep the adapter beside the base")
+        raise MergeError(
+            f"{row.path}: a bias of B under DoRA's magnitude can't be merged; keep the adapter beside the base"
+        )
     new = (bias.detach().to(addend.dtype) + addend).to(bias.dtype)
     site.module._parameters[name] = nn.Parameter(new, requires_grad=bias.requires_grad)
 
@@ -251,7 +257,9 @@ def _take_over(merged: nn.Module, adapter: Adapter, shared: dict[int, list[str]]
             partners = [other for other in shared.get(id(parameter), []) if other not in replaced]
             if partners:
                 owner, _, leaf = f"{path}.{name}".rpartition(".")
-                merged.get_submodule(owner)._parameters[leaf] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                merged.get_submodule(owner)._parameters[leaf] = nn.Parameter(
+                    parameter.detach().clone(), requires_grad=False
+                )
                 untied.append(f"{path}.{name}")
         loading.fill_whole(module, tensors, path)
 

@@ -97,7 +97,9 @@ def linears(x: Tensor, sites: Sequence[Operand]) -> tuple[Tensor, ...]:
     x = x.to(compute_dtype(x))
     tensors = [tensor for site in sites for tensor in (site.W, site.b, site.A, site.B)]
     meta = tuple((site.scale, site.p) for site in sites)
-    wants_grad = torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors))
+    wants_grad = torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
+    )
     if wants_grad:
         outputs: tuple[Tensor, ...] = _Linears.apply(x, meta, *tensors)
         return outputs
@@ -179,7 +181,12 @@ def _thin_product(x: Tensor, sites: Sequence[Operand], drawn: list[Tensor]) -> T
 
 
 def backward(
-    x: Tensor, sites: Sequence[Operand], grads: Sequence[Tensor | None], thin: Tensor | None, drawn: list[Tensor], needs: Needs
+    x: Tensor,
+    sites: Sequence[Operand],
+    grads: Sequence[Tensor | None],
+    thin: Tensor | None,
+    drawn: list[Tensor],
+    needs: Needs,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients without autograd.
 
@@ -281,7 +288,9 @@ class _Linears(torch.autograd.Function):
     """`forward` and `backward` as autograd wants them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, meta: tuple[tuple[float, float], ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, meta: tuple[tuple[float, float], ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
         with torch.autocast(x.device.type, enabled=False):
             flat = x.reshape(-1, x.shape[-1])
             outputs, thin, drawn = forward(flat, unpack(meta, tensors, x.dtype))

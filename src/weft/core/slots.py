@@ -160,6 +160,7 @@ def restore(module: nn.Module) -> None:
     module.__class__ = state.original
     module._modules.pop("weft", None)
 
+
 @functools.cache
 def _subclass(original: type, mixins: tuple[type, ...], properties: tuple[str, ...]) -> type:
     body: dict[str, Any] = {name: _override(name) for name in properties}

@@ -1,8 +1,8 @@
 """What a bank changes around its sites, and gives back: requires_grad, PyTorch's transformer fast path, checkpointing's start.
 
-    - all parameters of the base are frozen while something is attached
-    - nn.TransformerEncoderLayer has a fused inference path that reads weights past every forward: it is closed for layers with a site
-    - gradient checkpointing of the reentrant kind needs an input that requires a gradient; with a frozen base nothing does
+- all parameters of the base are frozen while something is attached
+- nn.TransformerEncoderLayer has a fused inference path that reads weights past every forward: it is closed for layers with a site
+- gradient checkpointing of the reentrant kind needs an input that requires a gradient; with a frozen base nothing does
 """
 
 from __future__ import annotations
