@@ -49,7 +49,7 @@ class _GatedMLP(torch.autograd.Function):
             flat = x.reshape(-1, x.shape[-1])
             (gate, up), thin_x, drawn_x = ops.forward(flat, sites[:2])
             hidden = F.silu(gate).mul_(up)
-            (out,), thin_h, drawn_h = ops.forward(hidden, sites[2:])
+            (out,), thin_h, drawn_h = ops.forward(hidden, sites[2:], spend=True)
         ctx.save_for_backward(x, gate, up, thin_x, thin_h, *tensors, *drawn_x, *drawn_h)
         ctx.meta, ctx.drawn = meta, len(drawn_x)
         return out.view(*x.shape[:-1], out.shape[-1])
@@ -83,7 +83,7 @@ def _through_down(
     activated = F.silu(gate)
     hidden = activated * up
     wanted = Needs(True, needs[10:11], needs[11:12], needs[12])
-    dhidden, found = ops.backward(hidden, (down,), (grad,), thin, drawn, wanted)
+    dhidden, found = ops.backward(hidden, (down,), (grad,), thin, drawn, wanted, spend=True)
     del hidden
     assert dhidden is not None
     dup = activated.mul_(dhidden)

@@ -129,32 +129,50 @@ def stack_A(sites: Sequence[Operand]) -> Tensor | None:
     return None if not found else found[0] if len(found) == 1 else torch.cat(found)
 
 
-def forward(x: Tensor, sites: Sequence[Operand]) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
+def forward(
+    x: Tensor, sites: Sequence[Operand], spend: bool = False
+) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
     """Products without autograd.
 
     Args:
         x: (T, i), dtype of all operands.
+        spend: nobody needs x any more, so that dropout may write into it. One site only.
 
     Returns:
         outputs (T, o) by site, the thin product x Aᵀ (T, R) or None, and what dropout drew by site (empty without).
     """
-    drawn = [dropping.draw(x, site.p) for site in sites if site.p and site.A is not None]
-    thin = _thin_product(x, sites, drawn)
-    outputs, column = [], 0
-    for site in sites:
-        if site.A is None or thin is None:
-            assert site.W is not None
-            outputs.append(F.linear(x, site.W, site.b))
-            continue
-        part = thin[:, column : column + site.A.shape[0]]
-        column += site.A.shape[0]
-        outputs.append(_update_then_base(x, part, site))
+    masks = [dropping.draw(x, site.p) if site.p and site.A is not None else None for site in sites]
+    drawn = [mask for mask in masks if mask is not None]
+    if spend and drawn:
+        return _forward_spending(x, sites[0], drawn)
+    thin = _thin_product(x, sites, masks)
+    outputs = [_output(x, part, site) for part, site in zip(columns(thin, sites), sites, strict=True)]
     return outputs, thin, drawn
 
 
-def _update_then_base(x: Tensor, part: Tensor, site: Operand) -> Tensor:
-    """(T, o): the update first, the base's product added to it: one pass over the output less than the other way round."""
-    assert site.B is not None
+def _forward_spending(
+    x: Tensor, site: Operand, drawn: list[Tensor]
+) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
+    """`forward` of one site with dropout: the base's product first, then x is dropped in place."""
+    assert site.A is not None and site.B is not None and site.W is not None
+    out = F.linear(x, site.W, site.b)
+    thin = torch.mm(dropping.drop_(x, drawn[0]), site.A.t())
+    return [out.addmm_(thin, site.B.t(), alpha=site.scale / (1 - site.p))], thin, drawn
+
+
+def columns(wide: Tensor | None, sites: Sequence[Operand]) -> list[Tensor | None]:
+    """The columns (T, r) of a (T, R) that belong to each site; None for a site without an update."""
+    ranks = [0 if site.A is None else site.A.shape[0] for site in sites]
+    if wide is None:
+        return [None] * len(sites)
+    return [part if rank else None for rank, part in zip(ranks, wide.split(ranks, dim=1), strict=True)]
+
+
+def _output(x: Tensor, part: Tensor | None, site: Operand) -> Tensor:
+    """(T, o): the update first, the base's product added to it: a pass over the output less than the other way round."""
+    if part is None or site.B is None:
+        assert site.W is not None
+        return F.linear(x, site.W, site.b)
     alpha = site.scale / (1 - site.p)
     if site.b is None:
         out = torch.mm(part, site.B.t() if alpha == 1 else site.B.t() * alpha)
@@ -163,20 +181,17 @@ def _update_then_base(x: Tensor, part: Tensor, site: Operand) -> Tensor:
     return out if site.W is None else out.addmm_(x, site.W.t())
 
 
-def _thin_product(x: Tensor, sites: Sequence[Operand], drawn: list[Tensor]) -> Tensor | None:
+def _thin_product(x: Tensor, sites: Sequence[Operand], masks: Sequence[Tensor | None]) -> Tensor | None:
+    """x Aᵀ of all sites, each with its own dropout: (T, R)."""
     stacked = stack_A(sites)
     if stacked is None:
         return None
-    if not drawn:
+    if all(mask is None for mask in masks):
         return torch.mm(x, stacked.t())
     thin = x.new_empty(x.shape[0], stacked.shape[0])
-    column, masks = 0, iter(drawn)
-    for site in sites:
-        if site.A is None:
-            continue
-        source = dropping.drop(x, next(masks)) if site.p else x
-        torch.mm(source, site.A.t(), out=thin[:, column : column + site.A.shape[0]])
-        column += site.A.shape[0]
+    for part, site, mask in zip(columns(thin, sites), sites, masks, strict=True):
+        if part is not None and site.A is not None:
+            torch.mm(x if mask is None else dropping.drop(x, mask), site.A.t(), out=part)
     return thin
 
 
@@ -185,8 +200,9 @@ def backward(
     sites: Sequence[Operand],
     grads: Sequence[Tensor | None],
     thin: Tensor | None,
-    drawn: list[Tensor],
+    drawn: Sequence[Tensor],
     needs: Needs,
+    spend: bool = False,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients without autograd.
 
@@ -194,31 +210,21 @@ def backward(
         x: (T, i); sites, thin, drawn: as `forward` had and gave them.
         grads: (T, o) by site; None where an output was not used.
         needs: which gradients are wanted.
+        spend: nobody needs x any more, as in `forward`.
 
     Returns:
         dX (T, i) or None, and the flat list dW, db, dA, dB by site, None where it is not needed.
     """
     grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
-    inner = _inner_grads(x, sites, grads, thin)
-    flat: list[Tensor | None] = []
-    column, masks = 0, iter(drawn)
-    shared = inner is not None and not drawn
-    dX = _dX(x, sites, grads, inner if shared else None) if needs.x else None
-    dA_all = torch.mm(inner.t(), x) if shared and inner is not None and needs.A else None
-    for k, (site, grad) in enumerate(zip(sites, grads, strict=True)):
-        dW = torch.mm(grad.t(), x) if needs.W[k] and grad is not None else None
-        db = grad.sum(0) if needs.b[k] and grad is not None else None
-        dA = dB = None
-        if site.A is not None and inner is not None and thin is not None:
-            rows = slice(column, column + site.A.shape[0])
-            column = rows.stop
-            mask = next(masks) if site.p else None
-            if grad is not None:
-                dB = torch.mm(thin[:, rows].t(), grad).mul_(site.scale / (1 - site.p)).t()  # this way round is faster
-                dA = _dA(x, inner[:, rows], mask, None if dA_all is None else dA_all[rows], needs.A)
-                if dX is not None and not shared:
-                    _add_inner(dX, inner[:, rows], site.A, mask)
-        flat += [dW, db, dA, dB]
+    waiting = iter(drawn)
+    masks = [next(waiting) if site.p and site.A is not None else None for site in sites]
+    inner = _inner_grads(sites, grads, thin)
+    dX = _dX(x, sites, grads, inner, masks) if needs.x else None
+    dW = [torch.mm(g.t(), x) if need and g is not None else None for g, need in zip(grads, needs.W, strict=True)]
+    db = [g.sum(0) if need and g is not None else None for g, need in zip(grads, needs.b, strict=True)]
+    dA = _dA(x, sites, inner, masks, spend) if needs.A else [None] * len(sites)
+    dB = [_dB(site, g, part) for site, g, part in zip(sites, grads, columns(thin, sites), strict=True)]
+    flat = [gradient for of_site in zip(dW, db, dA, dB, strict=True) for gradient in of_site]
     return dX, flat
 
 
@@ -238,19 +244,14 @@ class Needs:
         return cls(flags[0], rest[0::4][:count], rest[1::4][:count], any(rest[2::4]))
 
 
-def _inner_grads(
-    x: Tensor, sites: Sequence[Operand], grads: Sequence[Tensor | None], thin: Tensor | None
-) -> Tensor | None:
+def _inner_grads(sites: Sequence[Operand], grads: Sequence[Tensor | None], thin: Tensor | None) -> Tensor | None:
     """g (T, R): the gradient of x Aᵀ, scale and dropout's rescaling included."""
     if thin is None:
         return None
     inner = torch.empty_like(thin)
-    column = 0
-    for site, grad in zip(sites, grads, strict=True):
-        if site.A is None or site.B is None:
+    for part, site, grad in zip(columns(inner, sites), sites, grads, strict=True):
+        if part is None or site.B is None:
             continue
-        part = inner[:, column : column + site.A.shape[0]]
-        column += site.A.shape[0]
         if grad is None:
             part.zero_()
         else:
@@ -259,29 +260,51 @@ def _inner_grads(
     return inner
 
 
-def _dX(x: Tensor, sites: Sequence[Operand], grads: Sequence[Tensor | None], inner: Tensor | None) -> Tensor:
-    """Gradient of x: through the updates (if ``inner`` is given), then through the base's products."""
-    stacked = None if inner is None else stack_A(sites)
-    dX = None if inner is None or stacked is None else torch.mm(inner, stacked)
+def _dX(
+    x: Tensor,
+    sites: Sequence[Operand],
+    grads: Sequence[Tensor | None],
+    inner: Tensor | None,
+    masks: Sequence[Tensor | None],
+) -> Tensor:
+    """Gradient of x (T, i): through the updates first, the base's products are added to it."""
+    dX: Tensor | None = None
+    stacked = stack_A(sites)
+    if inner is not None and stacked is not None and all(mask is None for mask in masks):
+        dX = torch.mm(inner, stacked)
+    elif inner is not None:
+        for part, site, mask in zip(columns(inner, sites), sites, masks, strict=True):
+            if part is not None and site.A is not None:
+                own = torch.mm(part, site.A)
+                own = own if mask is None else dropping.drop_(own, mask)
+                dX = own if dX is None else dX.add_(own)
     for site, grad in zip(sites, grads, strict=True):
         if grad is not None and site.W is not None:
             dX = torch.mm(grad, site.W) if dX is None else dX.addmm_(grad, site.W)
     return torch.zeros_like(x) if dX is None else dX
 
 
-def _dA(x: Tensor, inner: Tensor, mask: Tensor | None, shared: Tensor | None, needed: bool) -> Tensor | None:
-    if not needed:
+def _dA(
+    x: Tensor, sites: Sequence[Operand], inner: Tensor | None, masks: Sequence[Tensor | None], spend: bool
+) -> list[Tensor | None]:
+    """Gradients of A (r, i) by site; without dropout they are one product."""
+    if inner is None:
+        return [None] * len(sites)
+    if all(mask is None for mask in masks):
+        whole = torch.mm(inner.t(), x)
+        return [None if part is None else part.t() for part in columns(whole.t(), sites)]
+    drop = dropping.drop_ if spend else dropping.drop
+    found: list[Tensor | None] = []
+    for part, mask in zip(columns(inner, sites), masks, strict=True):
+        found.append(None if part is None else torch.mm(part.t(), x if mask is None else drop(x, mask)))
+    return found
+
+
+def _dB(site: Operand, grad: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """Gradient of B (o, r); as a transposed product, which is the faster way round."""
+    if grad is None or part is None:
         return None
-    if shared is not None:
-        return shared
-    return torch.mm(inner.t(), x if mask is None else dropping.drop(x, mask))
-
-
-def _add_inner(dX: Tensor, inner: Tensor, A: Tensor, mask: Tensor | None) -> None:
-    if mask is None:
-        dX.addmm_(inner, A)
-    else:
-        dX.add_(dropping.drop_(torch.mm(inner, A), mask))
+    return torch.mm(part.t(), grad).mul_(site.scale / (1 - site.p)).t()
 
 
 class _Linears(torch.autograd.Function):
