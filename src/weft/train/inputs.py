@@ -39,11 +39,13 @@ class Texts:
 
     Attributes:
         train, evaluated: the latter may be None.
+        kind: of the rows, as they were read.
         notes: what the user should know (rows that are in both …).
     """
 
     train: Examples
     evaluated: Examples | None
+    kind: str
     notes: tuple[str, ...] = ()
 
 
@@ -125,9 +127,10 @@ def read(recipe: Recipe, data: Any, eval_data: Any) -> Texts:
         notes += [warning] if warning else []
     else:
         notes.append("no evaluation data: the last checkpoint is kept, and nothing says whether it is a good one")
+    kind = train.kind
     if recipe.as_chat:
         train, evaluated = train.as_chat(), evaluated.as_chat() if evaluated else None
-    return Texts(train, evaluated, tuple(notes))
+    return Texts(train, evaluated, kind, tuple(notes))
 
 
 def longest(recipe: Recipe, model: nn.Module, tokenizer: Any) -> int:
@@ -161,9 +164,14 @@ def prepare(recipe: Recipe, texts: Texts, model: nn.Module, tokenizer: Any) -> I
     labels = texts.train.labels or None
     train = encode(texts.train, tokenizer, labels=labels, **settings)
     evaluated = encode(texts.evaluated, tokenizer, labels=labels, **settings) if texts.evaluated is not None else None
+    embeddings = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     for name, part in (("training", train), ("evaluation", evaluated)):
         if part is not None and not len(part):
             raise DataError(f"no {name} example is left: {part.account.summary()}")
+        if part is not None and part.highest_id >= embeddings:
+            raise DataError(
+                f"the tokenizer gives token {part.highest_id}, but the base has embeddings for {embeddings}: they don't belong together"
+            )
     data = {"train": _account(texts.train, train)}
     if evaluated is not None and texts.evaluated is not None:
         data["eval"] = _account(texts.evaluated, evaluated)

@@ -24,7 +24,6 @@ __all__ = [
     "BaseLike",
     "Opened",
     "as_before",
-    "describe_base",
     "head_modules",
     "open_base",
     "opened",
@@ -62,13 +61,6 @@ def open_base(
     task = "causal-lm" if labels is None else "classification"
     loaded: tuple[nn.Module, Any] = load_base(base, task=task, labels=labels, dtype=dtype)
     return loaded
-
-
-def describe_base(base: BaseLike) -> str | None:
-    """A base's name for environment.json; ``"(given)"`` for a model that the caller brought."""
-    if isinstance(base, tuple):
-        return "(given)"
-    return None if base is None else os.fspath(base)
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-__all__ = ["LogWriter", "Progress", "StopOnSignal", "counter"]
+__all__ = ["LogWriter", "Progress", "StopOnSignal", "counter", "say"]
 
 RENAMED = {
     "num_input_tokens_seen": "tokens",
@@ -123,7 +123,7 @@ class Progress(TrainerCallback):
             done = max(1, state.global_step - self.log.first_step)
             left = (state.max_steps - state.global_step) * self.log.seconds / done
             rest = f", {left:.0f} s left" if "loss" in logs else ""
-            print(f"step {state.global_step}/{state.max_steps}: {text}{rest}", file=sys.stderr, flush=True)  # noqa: T201
+            say(f"step {state.global_step}/{state.max_steps}: {text}{rest}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""
@@ -178,7 +178,13 @@ class StopOnSignal(TrainerCallback):
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        print("\nstopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr, flush=True)  # noqa: T201
+        say("", "stopping after this step, with a checkpoint; once more to stop at once")
+
+
+def say(*lines: str) -> None:
+    """Lines for the user, to stderr."""
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _any_process(asked: bool, device: Any) -> bool:

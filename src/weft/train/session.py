@@ -15,7 +15,6 @@ from typing import Any
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments
 
-from weft.adapter import Adapter
 from weft.core.bank import Bank
 from weft.errors import MissingDependencyError, RecipeError, did_you_mean
 from weft.train import checkpoints
@@ -57,7 +56,7 @@ class Session:
 
     Attributes:
         model: with `bank` on it; `slot` is trained.
-        snapshot: makes the adapter that a checkpoint holds.
+        snapshot: writes the adapter that a checkpoint holds into its folder.
         progress: see `weft.train.progress.Progress`.
     """
 
@@ -69,7 +68,7 @@ class Session:
     inputs: Inputs
     folder: Folder
     args: TrainingArguments
-    snapshot: Callable[[], Adapter]
+    snapshot: Callable[[Path], object]
     progress: bool | None = None
 
     def run(self) -> Outcome:
@@ -88,6 +87,7 @@ class Session:
                 self._train(trainer, stop)
                 best = None if stop.stopped else trainer.restore_best()
                 base = base or self._measure_base(trainer)
+                trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             finally:
                 bar.close()
         return self._outcome(trainer, log, stop, base, best)
@@ -213,7 +213,9 @@ def training_arguments(recipe: Recipe, schedule: Schedule, folder: Folder, packe
             ddp_find_unused_parameters=False,
             average_tokens_across_devices=True,
         )
-    args.load_best_model_at_end = schedule.best  # said later, for Trainer would refuse more checkpoints than evaluations
+    args.load_best_model_at_end = (
+        schedule.best
+    )  # said later, for Trainer would refuse more checkpoints than evaluations
     if args.n_gpu > 1:
         args._n_gpu = 1  # DataParallel is not what anybody wants: several GPUs are for `accelerate launch`
     return args

@@ -20,7 +20,6 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
-from weft.adapter import Adapter
 from weft.core.bank import Bank
 from weft.errors import NotFiniteError, RunError
 from weft.train import checkpoints
@@ -41,7 +40,7 @@ class Setup:
         eval_order: order of the evaluation features, so that rows of like length come together.
         classifies: labels are one a row.
         lora_plus_ratio: learning rate of B over that of A, or None.
-        snapshot: makes the adapter that a checkpoint holds; None: none.
+        snapshot: writes an adapter into the folder of a checkpoint; None: none is written.
         keep: checkpoints that stay, the best one not counted. Trainer's own limit would remove the last one too.
     """
 
@@ -52,7 +51,7 @@ class Setup:
     eval_order: list[int]
     classifies: bool = False
     lora_plus_ratio: float | None = None
-    snapshot: Callable[[], Adapter] | None = None
+    snapshot: Callable[[Path], object] | None = None
     keep: int = 2
 
 
@@ -214,7 +213,7 @@ class AdapterTrainer(Trainer):
                 self._diverged(f"{len(bad)} factors are not finite, {bad[0]} among them, so no checkpoint is written,")
             )
         if self.setup.snapshot is not None and not state_dict:
-            self.setup.snapshot().save(target)
+            self.setup.snapshot(target)
         target.mkdir(parents=True, exist_ok=True)
         checkpoints.save_state(target / checkpoints.STATE, tensors, self.state.global_step)
 

@@ -6,24 +6,28 @@ it was before, whatever happens in between.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shlex
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 
-from weft.adapter import Provenance
+from weft.adapter import Adapter, Provenance
 from weft.core.bank import Bank
-from weft.errors import RecipeError, RunError, RunStoppedError
+from weft.errors import RecipeError, RunError, RunStoppedError, UnsupportedError
 from weft.models.attach import attach
 from weft.spec import LoraSpec
 from weft.train import checkpoints
-from weft.train.inputs import Inputs, Texts, longest, prepare, read
-from weft.train.opening import BaseLike, as_before, describe_base, open_base, with_head
+from weft.train.inputs import Inputs, Texts, prepare, read
+from weft.train.opening import BaseLike, as_before, open_base, with_head
+from weft.train.progress import say
 from weft.train.proof import make_proof
 from weft.train.recipe import Recipe
 from weft.train.run import Folder, Report, Run, describe_environment
@@ -33,6 +37,8 @@ from weft.train.session import Outcome, Session, check_names, training_arguments
 __all__ = ["train"]
 
 SLOT = "trained"
+OBJECT = "(given)"
+"""Stands in environment.json for a model or data that the caller brought."""
 
 
 def train(
@@ -75,29 +81,27 @@ def train(
         >>> run = weft.train(base="path/to/model", data="train.jsonl", eval_data=0.05, out="runs/first")  # doctest: +SKIP
         >>> print(run.report.text())  # doctest: +SKIP
     """
-    folder = Folder(out)
+    call = _Call(Folder(out), resume, overwrite, progress)
     job = (
-        _resumed(folder, base, data, eval_data, spec, recipe)
+        call.resumed(base, data, eval_data, spec, recipe)
         if resume
         else _Job(base, data, eval_data, _one_recipe(spec, recipe))
     )
-    if resume and folder.finished:
+    if resume and call.folder.finished:
         return Run.open(out)
-    main = int(os.environ.get("RANK", "0")) == 0
-    if not resume and main:
-        folder.check(overwrite)
+    if not resume and call.main:
+        call.folder.check(overwrite)
     check_names(job.recipe)
     texts = read(job.recipe, job.data, job.eval_data)
+    call.say(texts.train.summary(), *([texts.evaluated.summary()] if texts.evaluated else []))
     model, tokenizer = open_base(job.base, labels=texts.train.labels or None, dtype=_dtype(job.recipe))
     with as_before(model):
-        return _train(
-            job, folder, texts, model, tokenizer, resume=resume, main=main, overwrite=overwrite, progress=progress
-        )
+        return _train(call, job, texts, model, tokenizer)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is asked for, wherever it was said."""
+    """What is to be trained, wherever it was said."""
 
     base: BaseLike
     data: Any
@@ -108,93 +112,162 @@ class _Job:
     def spec(self) -> LoraSpec:
         return self.recipe.spec or LoraSpec()
 
+    def names(self) -> dict[str, Any]:
+        """How to find base and data again; objects can't be."""
+        named = {"base": self.base, "data": self.data, "eval_data": self.eval_data}
+        return {name: _name(value) for name, value in named.items()}
 
-def _train(
-    job: _Job,
-    folder: Folder,
-    texts: Texts,
-    model: nn.Module,
-    tokenizer: Any,
-    *,
-    resume: bool,
-    main: bool,
-    overwrite: bool,
-    progress: bool | None,
-) -> Run:
-    recipe = job.recipe
+
+@dataclass(frozen=True)
+class _Call:
+    """Where the run goes, and how it was asked for."""
+
+    folder: Folder
+    resume: bool
+    overwrite: bool
+    progress: bool | None
+
+    @property
+    def main(self) -> bool:
+        """This process writes; others train along."""
+        return int(os.environ.get("RANK", "0")) == 0
+
+    def say(self, *lines: str) -> None:
+        """Tell the user on stderr."""
+        if self.main and self.progress is not False:
+            say(*lines)
+
+    def resumed(self, base: BaseLike, data: Any, eval_data: Any, spec: LoraSpec | None, recipe: Recipe | None) -> _Job:
+        """The job of a run folder, with what the caller gives again for what can't be written down."""
+        folder = self.folder.require()
+        stored = folder.read_environment().get("inputs", {})
+        saved = Recipe.load(folder.recipe)
+        if spec is not None or recipe is not None:
+            _check_recipe(folder, saved, _one_recipe(spec, recipe))
+        given: dict[str, Any] = {"base": base, "data": data, "eval_data": eval_data}
+        for name, value in given.items():
+            if value is None and stored.get(name) == OBJECT:
+                raise RunError(
+                    f"{folder.root}: this run's {name} was an object, which can't be read from the folder; give {name} again"
+                )
+            given[name] = stored.get(name) if value is None else value
+        return _Job(given["base"], given["data"], given["eval_data"], saved)
+
+    def start(self, recipe: Recipe, environment: dict[str, Any]) -> Any:
+        """Make the folder, or bring the log of a killed run back to its newest checkpoint. Returns the lock."""
+        folder = self.folder
+        if not self.resume:
+            folder.create(self.overwrite)
+            lock = folder.lock()
+            folder.save_recipe(recipe)
+            folder.save_environment(environment)
+            return lock
+        lock = folder.lock()
+        checkpoints.clean(folder.checkpoints)
+        there = checkpoints.steps(folder.checkpoints)
+        folder.rewind_log(there[-1] if there else 0)
+        before = folder.read_environment()
+        again = {name: environment[name] for name in ("started", "command", "versions")}
+        folder.save_environment({**before, "resumed": [*before.get("resumed", []), again]})
+        self.say(f"going on from step {there[-1]}" if there else "no checkpoint yet: from the start")
+        return lock
+
+
+def _train(call: _Call, job: _Job, texts: Texts, model: nn.Module, tokenizer: Any) -> Run:
+    recipe, folder = job.recipe, call.folder
     inputs = prepare(recipe, texts, model, tokenizer)
-    kind = inputs.train.kind
     schedule = settle(recipe, _facts(inputs, model, recipe))
-    spec = with_head(job.spec, model) if kind == "classification" else job.spec
+    spec = with_head(job.spec, model) if inputs.train.kind == "classification" else job.spec
     batches = inputs.first_batches(recipe) if spec.init in ("eva", "lora_ga") else None
-    recipe = recipe.replace(spec=spec, kind=kind, max_length=longest(recipe, model, tokenizer))
+    recipe = recipe.replace(spec=spec, kind=texts.kind, max_length=inputs.max_length)
     with attach(model, {SLOT: spec}, batches=batches, seed=recipe.seed) as bank:
-        known = {"fingerprint": bank.adapter(SLOT).provenance.base.to_dict(), "data": _digests(inputs)}  # type: ignore[union-attr]
-        environment = describe_environment() | known | {"inputs": _inputs_of(job)}
-        if resume:
+        begin = bank.adapter(SLOT)
+        assert begin.provenance.base is not None
+        known = {"fingerprint": begin.provenance.base.to_dict(), "data": _digests(inputs), "processes": _processes()}
+        if call.resume:
             _check_same(folder, known)
-        if main:
-            environment = _write_start(folder, recipe, environment, resume=resume, overwrite=overwrite)
-        provenance = Provenance(
-            data=tuple(
-                {"role": role, **{k: v for k, v in part.items() if k not in ("account", "summary")}}
-                for role, part in inputs.data.items()
-            ),
-            recipe={**recipe.to_dict(), "spec": None, "learning_rate": schedule.learning_rate, "steps": schedule.steps},
-            versions=environment["versions"],
-            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        )
-        held = folder.lock() if main else None
-        try:
+        notes = (*inputs.notes, *bank.notes(SLOT), *(problem := _not_for_peft(begin)))
+        environment = describe_environment() | known | {"inputs": job.names()}
+        provenance = _provenance(inputs, recipe, schedule, environment["versions"])
+        with contextlib.ExitStack() as stack:
+            if call.main:
+                stack.enter_context(call.start(recipe, environment))
+            args = training_arguments(recipe, schedule, folder, inputs.train.packed)
+            PartialState().wait_for_everyone()
+            call.say(*_headline(inputs, schedule, bank), *(f"note: {note}" for note in notes))
             session = Session(
-                model, bank, SLOT, recipe, schedule, inputs, folder,
-                training_arguments(recipe, schedule, folder, inputs.train.packed),
-                lambda: bank.adapter(SLOT, provenance), progress,
+                model, bank, SLOT, recipe, schedule, inputs, folder, args,
+                lambda target: bank.adapter(SLOT, provenance).save(target, for_peft=not problem), call.progress,
             )  # fmt: skip
             outcome = session.run()
             if outcome.stopped == "signal":
-                last = checkpoints.newest(folder.checkpoints)
                 raise RunStoppedError(
-                    f"stopped at step {outcome.steps} of {schedule.steps}, kept in {last}; go on: weft train --resume {shlex.quote(str(folder.root))}"
+                    f"stopped at step {outcome.steps} of {schedule.steps}, kept in {checkpoints.newest(folder.checkpoints)}; "
+                    f"go on: weft train --resume {shlex.quote(str(folder.root))}"
                 )
-            return _finish(folder, bank, inputs, schedule, provenance, outcome, main)
-        finally:
-            if held is not None:
-                held.close()
+            adapter = _result(bank, inputs, provenance, outcome)
+            report = _report(bank, inputs, schedule, outcome, adapter, notes)
+            if call.main:
+                adapter.save(folder.adapter, overwrite=True, for_peft=not problem)
+                folder.save_report(report, folder.root.name)
+            return Run(folder.root, adapter, report)
 
 
-def _finish(
-    folder: Folder, bank: Bank, inputs: Inputs, schedule: Schedule, provenance: Provenance, outcome: Outcome, main: bool
-) -> Run:
-    """Snapshot, proof, adapter, report."""
+def _headline(inputs: Inputs, schedule: Schedule, bank: Bank) -> list[str]:
+    """What a person wants to know before it starts."""
+    count = sum(parameter.numel() for _, parameter in bank.named_parameters(SLOT))
+    best = f", best {schedule.metric} kept" if schedule.best else ""
+    return [
+        *(f"{role}: {part['summary']}" for role, part in inputs.data.items()),
+        f"{count:,} numbers to train; {schedule.steps:,} steps, {schedule.epochs:.2f} epochs{best}",
+        f"learning rate {schedule.rate_reason}; warm-up {schedule.warmup_steps} steps",
+    ]
+
+
+def _not_for_peft(adapter: Adapter) -> tuple[str, ...]:
+    """A note if PEFT's files can't express this spec; found out before the training, by writing its start."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            adapter.save(os.path.join(folder, "adapter"))
+        except UnsupportedError as problem:
+            return (f"weft alone will read this adapter, for PEFT's files can't express it: {problem}",)
+    return ()
+
+
+def _provenance(inputs: Inputs, recipe: Recipe, schedule: Schedule, versions: Mapping[str, str]) -> Provenance:
+    kept = ("source", "digest", "examples", "kind", "labels")
+    data = ({"role": role, **{name: part[name] for name in kept if name in part}} for role, part in inputs.data.items())
+    settled = {"spec": None, "learning_rate": schedule.learning_rate, "steps": schedule.steps}
+    return Provenance(
+        data=tuple(data),
+        recipe=recipe.to_dict() | settled,
+        versions=versions,
+        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
+
+
+def _result(bank: Bank, inputs: Inputs, provenance: Provenance, outcome: Outcome) -> Adapter:
+    """The adapter, with its evaluation and golden prompts."""
     bank.use(SLOT)
     evaluation = {f"eval_{name}": value for name, value in outcome.adapter.items()}
     evaluation |= {f"base_{name}": value for name, value in outcome.base.items()}
     adapter = bank.adapter(SLOT, dataclasses.replace(provenance, evaluation=evaluation))
     adapter.check_finite()
-    adapter = adapter.replace(proof=make_proof(bank.model, inputs.evaluated or inputs.train))
-    report = Report(
-        base=outcome.base,
-        adapter=outcome.adapter,
-        steps=outcome.steps,
-        epochs=outcome.epochs,
-        tokens=outcome.tokens,
-        seconds=outcome.seconds,
-        tokens_per_second=outcome.tokens_per_second,
-        train_loss=outcome.train_loss,
-        best_step=outcome.best_step,
-        stopped=outcome.stopped,
+    return adapter.replace(proof=make_proof(bank.model, inputs.evaluated or inputs.train))
+
+
+def _report(
+    bank: Bank, inputs: Inputs, schedule: Schedule, outcome: Outcome, adapter: Adapter, notes: tuple[str, ...]
+) -> Report:
+    return Report(
+        **{item.name: getattr(outcome, item.name) for item in dataclasses.fields(outcome)},
         learning_rate=schedule.learning_rate,
         rate_reason=schedule.rate_reason,
         trainable=sum(parameter.numel() for _, parameter in bank.named_parameters(SLOT)),
         digest=adapter.digest,
         data=inputs.data,
-        notes=(*inputs.notes, *bank.notes(SLOT)),
+        notes=notes,
     )
-    if main:
-        adapter.save(folder.adapter, overwrite=True)
-        folder.save_report(report, folder.root.name)
-    return Run(folder.root, adapter, report)
 
 
 def _one_recipe(spec: LoraSpec | None, recipe: Recipe | None) -> Recipe:
@@ -207,30 +280,22 @@ def _one_recipe(spec: LoraSpec | None, recipe: Recipe | None) -> Recipe:
     return dataclasses.replace(recipe, spec=spec)
 
 
-def _resumed(
-    folder: Folder, base: BaseLike, data: Any, eval_data: Any, spec: LoraSpec | None, recipe: Recipe | None
-) -> _Job:
-    """The job of a run folder, with what the caller gives again for what can't be written down."""
-    folder.require()
-    stored = folder.read_environment().get("inputs", {})
-    saved = Recipe.load(folder.recipe)
-    asked = _one_recipe(spec, recipe) if spec is not None or recipe is not None else None
-    if asked is not None:
-        ours, theirs = saved.to_dict(), asked.to_dict()
-        odd = [name for name in theirs if name not in ("spec", "kind", "max_length") and theirs[name] != ours[name]]
-        if odd:
-            raise RecipeError(
-                f"{folder.recipe}: a resumed run keeps its recipe, and what is given differs in {', '.join(odd)}; leave the recipe out, or start anew"
-            )
-    given: dict[str, Any] = {"base": base, "data": data, "eval_data": eval_data}
-    for name, value in given.items():
-        if value is None:
-            if stored.get(name) == "(given)":
-                raise RunError(
-                    f"{folder.root}: this run's {name} was an object, which can't be read from the folder; give {name} again"
-                )
-            given[name] = stored.get(name)
-    return _Job(given["base"], given["data"], given["eval_data"], saved)
+def _check_recipe(folder: Folder, saved: Recipe, asked: Recipe) -> None:
+    """A resumed run keeps its recipe.
+
+    Raises:
+        RecipeError: what is given differs; names the fields.
+    """
+    settled = ("spec", "kind", "max_length")
+    odd = [name for name, value in asked.to_dict().items() if name not in settled and value != saved.to_dict()[name]]
+    if asked.spec is not None and saved.spec is not None:
+        kept = saved.spec.to_dict()
+        odd += [name for name, value in asked.spec.to_dict().items() if name != "save_modules" and value != kept[name]]
+    if odd:
+        raise RecipeError(
+            f"{folder.recipe}: a resumed run keeps its recipe, and what is given differs in {', '.join(odd)}; leave the recipe "
+            "out, or start a new run"
+        )
 
 
 def _check_same(folder: Folder, known: Mapping[str, Any]) -> None:
@@ -244,30 +309,16 @@ def _check_same(folder: Folder, known: Mapping[str, Any]) -> None:
         raise RunError(
             f"{folder.root}: this run was started on another base ({before.get('fingerprint', {}).get('name')}); give the same, or start a new run"
         )
+    if before.get("processes") != known["processes"]:
+        raise RunError(
+            f"{folder.root}: this run was started on {before.get('processes')} processes, and here are {known['processes']}: batches "
+            "would be others; take as many, or start a new run"
+        )
     odd = [role for role, digest in known["data"].items() if before.get("data", {}).get(role) != digest]
     if odd or set(before.get("data", {})) != set(known["data"]):
         raise RunError(
             f"{folder.root}: the data changed since the run was started ({', '.join(odd) or 'evaluation data'}); bring the files back, or start a new run"
         )
-
-
-def _write_start(
-    folder: Folder, recipe: Recipe, environment: dict[str, Any], *, resume: bool, overwrite: bool
-) -> dict[str, Any]:
-    """Make the folder, or bring the log of a killed run back to its newest checkpoint."""
-    if not resume:
-        folder.create(overwrite)
-        folder.save_recipe(recipe)
-        folder.save_environment(environment)
-        return environment
-    checkpoints.clean(folder.checkpoints)
-    there = checkpoints.steps(folder.checkpoints)
-    folder.rewind_log(there[-1] if there else 0)
-    before = folder.read_environment()
-    again = {"started": environment["started"], "command": environment["command"], "versions": environment["versions"]}
-    environment = {**before, "resumed": [*before.get("resumed", []), again]}
-    folder.save_environment(environment)
-    return environment
 
 
 def _facts(inputs: Inputs, model: nn.Module, recipe: Recipe) -> Facts:
@@ -282,7 +333,7 @@ def _facts(inputs: Inputs, model: nn.Module, recipe: Recipe) -> Facts:
         kind=inputs.train.kind,
         width=next((int(width) for width in widths if isinstance(width, int)), 0),
         family=str(getattr(config, "model_type", "")),
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        processes=_processes(),
         cpu=recipe.device == "cpu" or not torch.cuda.is_available(),
     )
 
@@ -291,13 +342,18 @@ def _digests(inputs: Inputs) -> dict[str, str]:
     return {role: part["digest"] for role, part in inputs.data.items()}
 
 
-def _inputs_of(job: _Job) -> dict[str, Any]:
-    """How to name base and data again; objects can't be."""
-    plain = (str, os.PathLike, float)
-    named = {"data": job.data, "eval_data": job.eval_data}
-    found = {name: (value if isinstance(value, float) else os.fspath(value)) if isinstance(value, plain) else None if value is None else "(given)"
-             for name, value in named.items()}  # fmt: skip
-    return {"base": describe_base(job.base), **found}
+def _name(value: Any) -> Any:
+    """A path (absolute where it is one), a hub id or a number, as it can be written down."""
+    if value is None or isinstance(value, float):
+        return value
+    if not isinstance(value, str | os.PathLike):
+        return OBJECT
+    text = os.fspath(value)
+    return os.path.abspath(text) if os.path.exists(text) else text
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _dtype(recipe: Recipe) -> str | None:
