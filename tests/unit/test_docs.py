@@ -1,0 +1,108 @@
+"""What the documentation says exists: paths, commands, options, recipes; and both READMEs say the same."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+import weft
+from weft.train import Recipe
+
+READMES = ("README.md", "README.zh-CN.md")
+PAGES = (*READMES, "ARCHITECTURE.md", "CONTRIBUTING.md", "examples/medical_zh/README.md")
+
+
+def blocks(text: str) -> list[str]:
+    """Fenced blocks, without their comments."""
+    found = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [re.sub(r"[ \t]+#.*$", "", block, flags=re.MULTILINE).strip() for block in found]
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Every ``weft VERB …`` in a block or in backticks, split into words."""
+    lines = [line for block in blocks(text) for line in block.splitlines()]
+    for line in (*lines, *re.findall(r"`(weft [^`]*)`", text)):
+        words = shlex.split(line.partition("|")[0]) if line.lstrip().startswith("weft ") else []
+        if len(words) > 1 and words[1].isalpha():
+            yield words[1:]
+
+
+def test_both_readmes_have_the_same_blocks_numbers_and_headings(repository: Path) -> None:
+    english, chinese = ((repository / name).read_text(encoding="utf-8") for name in READMES)
+    assert blocks(english) == blocks(chinese)
+    for pattern in (r"^#+ ", r"^\| ", r"\]\([^)]+\)", r"\d+\.\d+"):
+        found = [sorted(re.findall(pattern, text, re.MULTILINE)) for text in (english, chinese)]
+        languages = {"](README.md)", "](README.zh-CN.md)"}
+        assert [item for item in found[0] if item not in languages] == [
+            item for item in found[1] if item not in languages
+        ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_their_options_exist(repository: Path, page: str) -> None:
+    for verb, *words in commands((repository / page).read_text(encoding="utf-8")):
+        module = importlib.import_module(f"weft.cli.{verb}")
+        known = {option for parameter in typer.main.get_command(module.app).params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known | {"--help"}, f"weft {verb}"
+        values = [words[index + 1] for index, word in enumerate(words[:-1]) if word == "--set"]
+        assert Recipe().set(value for value in values if value != "NAME=VALUE") is not None
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(repository: Path, page: str) -> None:
+    text = (repository / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    files = re.findall(r"`((?:src|tests|docs|scripts|examples|benchmarks)/[\w./-]+)`", text)
+    if page == "ARCHITECTURE.md":
+        files += [
+            f"src/weft/{name}"
+            for name in re.findall(r"`([\w/]+/[\w]+\.py|[a-z]+\.py)`", text)
+            if not name.startswith(("src", "tests", "scripts"))
+        ]
+    missing = [name for name in files if not (repository / name).exists()]
+    assert missing + [link for link in links if not ((repository / page).parent / link).exists()] == []
+
+
+def test_the_map_has_every_module_of_core(repository: Path) -> None:
+    text = (repository / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    names = {path.stem for path in (repository / "src/weft/core").glob("*.py")} - {"__init__"}
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", text)] == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml")), ids=lambda path: path.name
+)
+def test_recipes_of_the_examples_are_valid(path: Path) -> None:
+    recipe = Recipe.load(path)
+    assert recipe.spec is not None
+    assert recipe.spec.rank >= 8
+
+
+def test_python_of_the_readme_uses_public_names(repository: Path) -> None:
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(code) == 2
+    for block in code:
+        compile(block, "README.md", "exec")
+        assert set(re.findall(r"\bweft\.(\w+)", re.sub(r"#.*", "", block))) <= set(weft.__all__)
+
+
+def test_the_first_example_of_the_readme_runs(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = re.search(
+        r"^```python\n(.*?)^```", (repository / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(code[1], "README.md", "exec"), names)
+    assert names["adapter"] == weft.load("out/mine")
+    merged, model = names["merged"], names["model"]
+    assert merged is not model
