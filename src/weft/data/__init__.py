@@ -4,7 +4,7 @@
     print(examples.summary())                                   # train.jsonl: 8,000 examples of {prompt, completion} …
     train, valid = examples.split(0.1, seed=0)                  # rows with one prompt stay on one side
     encoded = encode(train, tokenizer, max_length=512)          # tokens and loss masks, compact
-    print(encoded.account.summary())                            # what was truncated, split and dropped, with row numbers
+    print(encoded.account.summary())                            # what was truncated, split, dropped; with row numbers
     packed = pack(encoded, 512)                                 # or a LengthGroupedSampler over encoded.lengths
     collate = collator(tokenizer, encoded.kind, packed=packed.packed)
     batch = collate([packed[0], packed[1]])                     # a dict of tensors for ``model(**batch)``
@@ -29,18 +29,19 @@ Rows by kind (extra columns are kept in the rows and ignored)::
 
     "chat"            {"messages": [{"role", "content"}, …]}, optionally "tools"
     "completion"      {"prompt", "completion"}, optionally "references": other right answers, for metrics only
-    "classification"  {"text", "label"}: the label by its name; `Examples.labels` are all names in the order of their ids
+    "classification"  {"text", "label"}: the label by its name; `Examples.labels` has all, in the order of ids
     "text"            {"text"}
 
 Encoding::
 
     encode(examples, tokenizer, *, max_length, labels=None, mask_prompt=True, separator="", learn="all",
            chat_template=None) -> Encoded
-    Encoded: .kind .labels .max_length .packed .account .lengths (numpy) .rows (numpy: which example each feature is from)
+    Encoded: .kind .labels .max_length .packed .account .lengths (numpy) .rows (numpy: the example of each feature)
              .num_tokens .num_loss_tokens .fill len() [i] .features
         [i] -> {"input_ids", "labels"} (+ "position_ids" when packed), numpy int64; labels an int for classification
-    Account: .examples .kept .tokens .loss_tokens .truncated .prompt_cut .completion_cut .split .empty .masked (Tally: .count .first)
-             .dropped .summary() .to_dict()
+             .highest_id (a base needs more embeddings than that)
+    Account: .examples .kept .features .tokens .loss_tokens .truncated .prompt_cut .completion_cut .split .empty .masked
+             (each a Tally: .count .first) .dropped .notes .summary() .to_dict()
 
 Batches::
 
@@ -52,12 +53,12 @@ Batches::
 
 Generation::
 
-    prompts(examples, limit=None) -> list[Prompt]      distinct prompts: .prompt (str or messages) .references .row
+    prompts(examples, limit=None) -> list[Prompt]      distinct: .prompt (str or messages) .references .row .tools
     encode_prompts(prompts, tokenizer, *, max_length, separator="", chat_template=None) -> list[list[int]]
         exactly the tokens that precede the completion in training; too long: cut from the left
 
-Every refusal is a `weft.errors.DataError` that names the file, the line and the way out. transformers, datasets, pyarrow and torch
-are imported when they are needed. This package does not know models, adapters or training.
+Every refusal is a `weft.errors.DataError` that names the file, the line and the way out. transformers, datasets,
+pyarrow and torch are imported when they are needed. This package does not know models, adapters or training.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ class Affixes:
         suffix: what it puts behind one.
         end: what ends a training example so that generation learns to stop: the end-of-text token, or else `suffix`;
             empty where a tokenizer has neither.
-        start: stands in for a prompt of no tokens where there is no prefix, so that generation has something to start from.
+        start: stands in for a prompt of no tokens where there is no prefix, so that generation has something to start
+            from.
     """
 
     prefix: tuple[int, ...]
@@ -78,7 +79,8 @@ def tokenise(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
     """Tokens of many texts, without special tokens, in batches that keep all of a tokenizer's threads busy.
 
     Returns:
-        A list of lists of ids, equal texts sharing one list: don't write into them; with ``return_offsets_mapping=True`` a list of (ids, offsets).
+        A list of lists of ids, equal texts sharing one list: don't write into them; with
+        ``return_offsets_mapping=True`` a list of (ids, offsets).
     """
     distinct = list(dict.fromkeys(texts))
     found: dict[str, Any] = {}

@@ -114,9 +114,9 @@ def collator(tokenizer: Any, kind: str, *, packed: bool = False, pad_to_multiple
 class LengthGroupedSampler:
     """Indices in random order, but so that a batch holds sequences of about one length.
 
-    An epoch is shuffled, cut into megabatches, each sorted by length and cut into batches, whose order is shuffled again;
-    the batch with the longest sequence comes first, so that a lack of memory shows at once, and an incomplete one last. The
-    order is a function of seed and epoch alone: to resume, call `set_epoch` and skip.
+    An epoch is shuffled, cut into megabatches, each sorted by length and cut into batches, whose order is shuffled
+    again; the batch with the longest sequence comes first, so that a lack of memory shows at once, and an incomplete
+    one last. The order is a function of seed and epoch alone: to resume, call `set_epoch` and skip.
 
     Args:
         lengths: of all sequences.

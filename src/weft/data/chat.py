@@ -45,6 +45,10 @@ class Template:
     Args:
         template: Jinja text, or a path that ends in .jinja; None: the tokenizer's own.
 
+    Attributes:
+        has_generation: the template marks what the assistant says.
+        merged: answers so far whose beginning shares a token with what stands before them.
+
     Raises:
         DataError: there is no template.
     """
@@ -64,6 +68,7 @@ class Template:
                 "examples as {prompt, completion}"
             )
         self.template = template
+        self.merged = 0
         self.has_generation = bool(_GENERATION.search(self._text()))
         special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         self._special = special - {tokenizer.unk_token_id}
@@ -119,7 +124,7 @@ class Template:
         found: list[tuple[list[int], list[bool]]]
         if self.tokenizer.is_fast:
             pairs = tokenise(self.tokenizer, texts, return_offsets_mapping=True)
-            found = [(ids, _covered(offsets, span)) for (ids, offsets), span in zip(pairs, spans, strict=True)]
+            found = [(ids, self._covered(offsets, span)) for (ids, offsets), span in zip(pairs, spans, strict=True)]
         else:
             found = [self._by_prefixes(*entry) for entry in zip(talks, texts, spans, strict=True)]
         return [self._ended(ids, said) for ids, said in found]
@@ -127,8 +132,8 @@ class Template:
     def _generation_spans(self, talk: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The rendered text and the character ranges of the template's ``{% generation %}`` blocks.
 
-        `apply_chat_template(return_assistant_tokens_mask=True)` gives the same as a mask of tokens, but marks everything up
-        to the end of the conversation where a block's last character is in no token; hence the ranges.
+        `apply_chat_template(return_assistant_tokens_mask=True)` gives the same as a mask of tokens, but marks
+        everything up to the end of the conversation where a block's last character is in no token; hence the ranges.
         """
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -176,6 +181,19 @@ class Template:
             "template with {% generation %} blocks (chat_template=), or split the conversation into rows of one answer each"
         )
 
+    def _covered(self, offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+        """Tokens that begin inside of a span. One that reaches over its beginning belongs to what is before."""
+        said = [False] * len(offsets)
+        at = 0
+        for start, end in spans:
+            while at < len(offsets) and offsets[at][0] < start:
+                at += 1
+            self.merged += at > 0 and offsets[at - 1][1] > start
+            while at < len(offsets) and offsets[at][0] < end:
+                said[at] = True
+                at += 1
+        return said
+
     def _by_prefixes(
         self, talk: Conversation, text: str, spans: Sequence[tuple[int, int]]
     ) -> tuple[list[int], list[bool]]:
@@ -214,19 +232,6 @@ class Template:
         """Whether the last answer ends with a special token that is learned: what generation stops at."""
         runs = _runs(said)
         return not runs or bool(self._special.intersection(ids[max(runs[-1][0], runs[-1][1] - 3) : runs[-1][1]]))
-
-
-def _covered(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Tokens that begin inside of a span. One that reaches over a span's beginning belongs to what stands before."""
-    said = [False] * len(offsets)
-    at = 0
-    for start, end in spans:
-        while at < len(offsets) and offsets[at][0] < start:
-            at += 1
-        while at < len(offsets) and offsets[at][0] < end:
-            said[at] = True
-            at += 1
-    return said
 
 
 def _runs(said: Sequence[bool]) -> list[tuple[int, int]]:

@@ -1,20 +1,20 @@
 """Examples to tokens and loss masks.
 
-What each kind becomes (``prefix`` is what the tokenizer puts before a text by itself, often a beginning-of-text token; ``end``
-is its end-of-text token; neither is doubled where the text has it already):
+What each kind becomes (``prefix`` is what the tokenizer puts before a text by itself, often a beginning-of-text
+token; ``end`` is its end-of-text token; neither is doubled where the text has it already):
 
-    completion      prefix + prompt + completion + end. Prompt and completion are tokenised apart, so that the tokens before the
-                    completion are the very ones that generation starts from. Learned: completion and end.
-    chat            the chat template's text, which brings its own special tokens. Learned: what the assistant says, through the
-                    token that ends its turn.
+    completion      prefix + prompt + completion + end. Prompt and completion are tokenised apart, so that the tokens
+                    before the completion are the very ones that generation starts from. Learned: completion and end.
+    chat            the chat template's text, which brings its own special tokens. Learned: what the assistant says,
+                    through the token that ends its turn.
     text            prefix + text + end. Learned: all but the first token, which nothing predicts.
     classification  as the tokenizer does it, with its own prefix and suffix. Learned: the class.
 
 Too long (more than ``max_length`` tokens):
 
-    completion      the prompt loses its beginning, for the question mostly stands at its end; but at least half of the room (or the
-                    whole prompt, if shorter) stays the prompt's. What then is too long of the completion is cut from its end, and no
-                    ``end`` follows: a cut answer must not teach to stop there.
+    completion      the prompt loses its beginning, for the question mostly stands at its end; but at least half of
+                    the room (or the whole prompt, if shorter) stays the prompt's. What then is too long of the
+                    completion is cut from its end, and no ``end`` follows: a cut answer must not teach to stop there.
     chat            the end is cut.
     text            split into several sequences that overlap by one token: each token is still learned exactly once.
     classification  the end of the text is cut, special tokens stay.
@@ -85,8 +85,8 @@ def encode(
         max_length: no sequence gets more tokens.
         labels: for classification, the training set's label names; None: the examples' own.
         mask_prompt: learn completions (and answers of the assistant) only; False: every token.
-        separator: stands between prompt and completion and belongs to the prompt, such as ``"\n"``. Empty: the two follow each
-            other as they are in the data.
+        separator: stands between prompt and completion and belongs to the prompt, such as ``"\n"``. Empty: the two
+            follow each other as they are in the data.
         learn: ``"all"`` answers of a conversation, or the ``"last"`` one only.
         chat_template: Jinja text or a .jinja file; None: the tokenizer's own.
 
@@ -185,6 +185,11 @@ def _chat(job: _Job) -> None:
         if not job.features.add(index, ids[: job.max_length], mask[: job.max_length]):
             job.account.masked.add(job.number(index))
         open_ended += not template.stops(ids, said)
+    if template.merged:
+        job.account.notes.append(
+            f"{template.merged:,} answers begin inside of a token of what stands before them, which is not learned: let the template "
+            "end what opens an answer with a line end or a special token"
+        )
     if open_ended:
         job.account.notes.append(
             f"{open_ended:,} conversations teach no token that ends the assistant's turn (put it inside of the template's "

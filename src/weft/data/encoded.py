@@ -25,9 +25,9 @@ Ints = npt.NDArray[np.integer[Any]]
 class Encoded(Sequence[dict[str, Any]]):
     """Features of n sequences with t tokens in all.
 
-    ``encoded[i]`` is ``{"input_ids": (length,) int64, "labels": (length,) int64}``, labels being `IGNORED` where a token
-    is not learned; for classification ``"labels"`` is one int; packed rows have ``"position_ids": (length,) int64``
-    as well, which begin again at 0 with each example.
+    ``encoded[i]`` is ``{"input_ids": (length,) int64, "labels": (length,) int64}``, labels being `IGNORED` where a
+    token is not learned; for classification ``"labels"`` is one int; packed rows have ``"position_ids": (length,)
+    int64`` as well, which begin again at 0 with each example.
 
     Attributes:
         kind: of the examples.
@@ -36,7 +36,8 @@ class Encoded(Sequence[dict[str, Any]]):
         labels: names of the classes, for classification.
         tokens: (t,) int32, all sequences one behind the other.
         offsets: (n + 1,) int64: where each begins.
-        learned: (t,) bool: which tokens are learned; the first of an example never is, nothing predicts it. None for classification.
+        learned: (t,) bool: which tokens are learned; the first of an example never is, nothing predicts it. None for
+            classification.
         classes: (n,) int64, for classification.
         rows: index of the example that each sequence is from; when packed, of each piece in turn.
         begins: (t,) bool: where an example begins inside of a packed row; None when not packed.

@@ -55,7 +55,7 @@ class Examples(Sequence[Mapping[str, Any]]):
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256 over kind, label names and the columns that count, in order: equal for the same examples in any file format."""
+        """sha256 over kind, label names and the columns that count, in order: the same in any file format."""
         digest = hashlib.sha256(json.dumps([self.kind, self.labels]).encode())
         for key in self._keys:
             digest.update(b"\n" + key.encode())
@@ -170,8 +170,8 @@ def load_examples(
 
     Args:
         source: a path (.jsonl .ndjson .json .csv .tsv .txt, each also with .gz; .parquet), a folder that
-            `datasets.Dataset.save_to_disk` wrote (``"folder@split"``), a hub data set ``"org/name[:config][@split]"``, a
-            `datasets.Dataset`, a list of dicts, or `Examples` themselves.
+            `datasets.Dataset.save_to_disk` wrote (``"folder@split"``), a hub data set
+            ``"org/name[:config][@split]"``, a `datasets.Dataset`, a list of dicts, or `Examples` themselves.
         columns: weft's names for columns that have other ones: ``{"prompt": "question", "completion": "answer"}``;
             ``"a+b"`` joins two columns by a line end. ``role`` and ``content`` name the keys inside of messages.
         limit: read only so many rows from the beginning.

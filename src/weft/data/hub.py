@@ -1,4 +1,4 @@
-"""Data sets of the `datasets` library: objects, saved folders and the hub. Imports that library only when it is needed."""
+"""Data sets of the `datasets` library: objects, saved folders and the hub. Imports it only when it is needed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from weft.errors import DataError, MissingDependencyError, some_names
 __all__ = ["Address", "parse", "read_dataset", "read_folder", "read_hub"]
 
 _ADDRESS = re.compile(r"(?P<name>[\w][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[^@\s]+))?")
+
+_ON = frozenset({"1", "ON", "YES", "TRUE"})
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def read_hub(address: Address, limit: int | None) -> Table:
 
 def _reason(error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"} or "OfflineMode" in first:
+    offline = any(os.environ.get(name, "").upper() in _ON for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
+    if "OfflineMode" in first or (offline and isinstance(error, ConnectionError | FileNotFoundError)):
         return (
             f"not in the cache, and the hub is switched off (HF_HUB_OFFLINE); unset it, or give a local file. [{first}]"
         )

@@ -92,7 +92,7 @@ def _read_list(path: Path, limit: int | None) -> Table:
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1] if error.lineno <= text.count("\n") + 1 else ""
+        line = text.split("\n")[error.lineno - 1]
         raise DataError(
             f"{path}, line {error.lineno}: invalid JSON: {error.msg.removesuffix(' at')} at character {error.colno}: {beginning(line)}"
         ) from error

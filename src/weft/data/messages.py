@@ -12,7 +12,7 @@ from weft.errors import DataError, some_names
 
 __all__ = ["check_messages", "check_roles", "last_answer"]
 
-_SHAREGPT = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}  # fmt: skip
+_SHAREGPT = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bot", "model"), "assistant")
 
 
 def check_roles(where: str, messages: Any, names: Mapping[str, str]) -> None:

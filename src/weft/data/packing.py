@@ -1,7 +1,8 @@
 """Packing: several examples in one row, so that hardly any padding is computed.
 
-Each example begins again at position 0. Without an attention mask and without a cache, transformers reads that as a border and
-no token sees another example. A model that doesn't would learn from its neighbours: `require_packing` finds out by trying.
+Each example begins again at position 0. Without an attention mask and without a cache, transformers reads that as a
+border and no token sees another example. A model that doesn't would learn from its neighbours: `require_packing`
+finds out by trying.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ __all__ = ["fit", "pack", "require_packing"]
 
 
 def fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: the longest first, each into the first row that has room. At most 11/9 of the best plus 6/9 rows.
+    """First-fit decreasing: the longest first, each into the first row that has room.
+
+    It needs at most 11/9 of the fewest possible rows, plus 6/9.
 
     Args:
         lengths: n lengths, each at most ``capacity``.
@@ -87,22 +90,28 @@ def pack(encoded: Encoded, max_length: int | None = None) -> Encoded:
     begins[starts[:-1]] = True
     edges = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
     return dataclasses.replace(
-        encoded, max_length=size, tokens=encoded.tokens[source], learned=encoded.learned[source], offsets=starts[edges].astype(np.int64),
-        rows=encoded.rows[order], begins=begins,
-    )  # fmt: skip
+        encoded,
+        max_length=size,
+        tokens=encoded.tokens[source],
+        learned=encoded.learned[source],
+        offsets=starts[edges].astype(np.int64),
+        rows=encoded.rows[order],
+        begins=begins,
+    )
 
 
 def require_packing(model: nn.Module) -> None:
     """Refuse a model that would mix up examples in one row.
 
-    Tries it: an example of its own, against the same one as the second in a row of two. The difference of their logits is compared with
-    the one that appears when examples are not parted. Two short forwards of two rows without gradients.
+    Tries it: an example of its own, against the same one as the second in a row of two. The difference of their
+    logits is compared with the one that appears when examples are not parted. Two short forwards of two rows without
+    gradients.
 
     Raises:
         DataError: the model takes no positions, or its attention (or recurrence) reaches into the neighbour.
     """
     parameters = inspect.signature(_innermost(model).forward).parameters
-    way_out = "group by length instead (batching: length)"
+    way_out = "group batches by length instead of packing"
     if "position_ids" not in parameters:
         raise DataError(
             f"{type(model).__name__} takes no position_ids, so examples packed into one row can't be parted; {way_out}"

@@ -38,8 +38,8 @@ class Prompt:
 def prompts(examples: Examples, limit: int | None = None) -> list[Prompt]:
     """Distinct prompts in the order of their first example, each with the answers of all its examples.
 
-    Where an example has ``references``, they count instead of its completion. Of a conversation, the prompt is what stands
-    before the last answer. Examples without an answer are left out.
+    Where an example has ``references``, they count instead of its completion. Of a conversation, the prompt is what
+    stands before the last answer. Examples without an answer are left out.
 
     Args:
         limit: at most so many prompts.
@@ -83,7 +83,7 @@ def encode_prompts(
     separator: str = "",
     chat_template: str | None = None,
 ) -> list[list[int]]:
-    """Tokens of prompts, just as they stand before the answer in training with the same settings (see `weft.data.encode`).
+    """Tokens of prompts, just as they stand before the answer in training with the same settings.
 
     Args:
         max_length: longer prompts are cut from the left; a prefix of the tokenizer stays.

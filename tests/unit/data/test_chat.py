@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from tests.unit.data.conftest import CHATML, GENERATION, byte_tokenizer, word_tokenizer
 from weft.data import IGNORED, Prompt, encode, encode_prompts, load_examples, prompts
@@ -181,3 +183,15 @@ def test_cut_conversations_keep_their_beginning():
     assert len(encoded[0]["input_ids"]) == 20
     assert set(runs(PLAIN, encoded[0])[0]) == {"b"}
     assert encoded.account.completion_cut.count == 1
+
+
+def test_an_answer_that_shares_a_token_with_its_opening_is_said():
+    core = Tokenizer(models.BPE({"a": 0, ":": 1, "b": 2, ":b": 3, "</s>": 4}, [(":", "b")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}a:{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    encoded = encode(load_examples([talk(("user", "a"), ("assistant", "ba"))]), tokenizer, max_length=100)
+    assert encoded[0]["input_ids"].tolist() == [0, 1, 0, 0, 3, 0, 4]
+    assert encoded[0]["labels"].tolist() == [IGNORED] * 5 + [0, 4]
+    assert "1 answers begin inside of a token" in encoded.account.summary()

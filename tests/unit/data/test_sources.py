@@ -128,6 +128,7 @@ def test_json_files_that_are_no_list_of_objects(write):
     message = refused(write("a.json", '[{"text": "a"},\n{"text": "b"},\n]'))
     assert "a.json, line 3: invalid JSON" in message or "a.json, line 2: invalid JSON" in message
     assert "no rows" in refused(write("a.json", "[]"))
+    assert "line 2: invalid JSON" in refused(write("a.json", "[\n"))
     assert "CR alone" in refused(write("a.jsonl", '{"text": "a"}\r{"text": "b"}\r'))
 
 
@@ -237,7 +238,15 @@ def test_hub_data_sets_offline(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unknown)
     monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.delenv("HF_DATASETS_OFFLINE")
     assert "not visible to you" in refused("x/y")
+
+    def other(*_, **__):
+        raise ValueError("BuilderConfig 'c' not found. Available: ['main']")
+
+    monkeypatch.setattr(datasets, "load_dataset", other)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "x/y:c: can't be loaded: BuilderConfig 'c' not found" in refused("x/y:c")
 
 
 def test_hub_data_sets_choose_a_split(monkeypatch):
