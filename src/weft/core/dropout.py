@@ -18,6 +18,8 @@ __all__ = ["SPARSE_BELOW", "draw", "drop", "drop_"]
 SPARSE_BELOW = 0.13
 """Below this probability positions are smaller than bytes, and cheaper to draw. CPU only: a GPU draws bytes faster."""
 
+_LONGEST = 2.0**30  # of a gap: a tiny probability would leave int32
+
 
 def draw(like: Tensor, p: float) -> Tensor:
     """Draw which elements of a contiguous tensor are dropped, each with probability ``p``, independently.
@@ -45,6 +47,8 @@ def _positions(n: int, p: float) -> Tensor:
         places = gaps.cumsum(0).add_(start)
         start = int(places[-1])
         found.append(places[: int(torch.searchsorted(places, n))] if start >= n else places)
+    if not found:
+        return torch.empty(0, dtype=torch.int32)
     places = found[0] if len(found) == 1 else torch.cat(found)
     return places.to(torch.int32) if n < 2**31 else places
 
@@ -56,7 +60,7 @@ def _geometric(count: int, p: float) -> Tensor:
     """
     bits = torch.empty((count + 1) // 2, dtype=torch.int64).random_(-(2**63), None).view(torch.int32)[:count]
     uniform = bits.bitwise_and(0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_max_(1.0)
-    return uniform.log_().div_(math.log1p(-p)).floor_().to(torch.int32).add_(1)
+    return uniform.log_().div_(math.log1p(-p)).floor_().clamp_max_(_LONGEST).to(torch.int32).add_(1)
 
 
 def drop(x: Tensor, dropped: Tensor) -> Tensor:

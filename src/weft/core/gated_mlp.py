@@ -52,7 +52,7 @@ class _GatedMLP(torch.autograd.Function):
             (out,), thin_h, drawn_h = ops.forward(hidden, sites[2:], spend=True)
         ctx.save_for_backward(x, gate, up, thin_x, thin_h, *tensors, *drawn_x, *drawn_h)
         ctx.meta, ctx.drawn = meta, len(drawn_x)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return ops.shaped_like(x, out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,6 +61,10 @@ class _GatedMLP(torch.autograd.Function):
         needs = ctx.needs_input_grad
         with torch.autocast(x.device.type, enabled=False):
             sites = ops.unpack(ctx.meta, tensors, x.dtype)
+            if torch.is_grad_enabled():
+                gate, up = ops.by_autograd(x, sites[:2], drawn[: ctx.drawn])
+                outputs = ops.by_autograd(F.silu(gate) * up, sites[2:], drawn[ctx.drawn :])
+                return ops.differentiable(outputs, (grad,), (x, None, *tensors), needs)
             dgate, dup, found_h = _through_down(sites[2], grad, gate, up, thin_h, drawn[ctx.drawn :], needs)
             flat = x.reshape(-1, x.shape[-1])
             dX, found_x = ops.backward(

@@ -106,7 +106,7 @@ def linears(x: Tensor, sites: Sequence[Operand]) -> tuple[Tensor, ...]:
     with torch.autocast(x.device.type, enabled=False):
         flat = x.reshape(-1, x.shape[-1])
         results, _, _ = forward(flat, unpack(meta, tensors, x.dtype))
-    return tuple(result.view(*x.shape[:-1], result.shape[-1]) for result in results)
+    return tuple(shaped_like(x, result) for result in results)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -320,7 +320,7 @@ class _Linears(torch.autograd.Function):
         ctx.save_for_backward(x, thin, *tensors, *drawn)
         ctx.meta = meta
         ctx.set_materialize_grads(False)
-        return tuple(out.view(*x.shape[:-1], out.shape[-1]) for out in outputs)
+        return tuple(shaped_like(x, out) for out in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -328,10 +328,51 @@ class _Linears(torch.autograd.Function):
         count = len(ctx.meta)
         tensors, drawn = rest[: 4 * count], rest[4 * count :]
         with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                outputs = by_autograd(x, unpack(ctx.meta, tensors, x.dtype), drawn)
+                return differentiable(outputs, grads, (x, None, *tensors), ctx.needs_input_grad)
             flat = x.reshape(-1, x.shape[-1])
             sites = unpack(ctx.meta, tensors, x.dtype)
             dX, found = backward(flat, sites, grads, thin, drawn, Needs.of(ctx.needs_input_grad, count))
         return (None if dX is None else dX.view(x.shape), None, *as_parameters(found, tensors))
+
+
+def shaped_like(x: Tensor, out: Tensor) -> Tensor:
+    """(T, o) as (..., o). Not a view: autograd forbids in-place changes of a view that a function returns."""
+    return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[-1]])
+
+
+def by_autograd(x: Tensor, sites: Sequence[Operand], drawn: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs (..., o) by operations that autograd knows, with what dropout drew in the forward."""
+    waiting, flat = iter(drawn), x.reshape(-1, x.shape[-1])
+    outputs = []
+    for site in sites:
+        out = None if site.W is None else F.linear(flat, site.W, site.b)
+        if site.A is not None and site.B is not None:
+            inner = dropping.drop(flat, next(waiting)) if site.p else flat
+            update = F.linear(F.linear(inner, site.A), site.B) * (site.scale / (1 - site.p))
+            out = update if out is None else out + update
+        assert out is not None
+        outputs.append(out.view(*x.shape[:-1], out.shape[-1]))
+    return outputs
+
+
+def differentiable(
+    outputs: Sequence[Tensor], grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Gradients that can be differentiated again (``create_graph=True``), by autograd itself.
+
+    Args:
+        outputs: computed again from ``inputs``; ``grads``: theirs.
+        needs: which inputs want one.
+    """
+    used = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None and out.requires_grad]
+    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need and tensor is not None]
+    found = iter(torch.autograd.grad([out for out, _ in used], wanted, [grad for _, grad in used],
+                                     create_graph=True, allow_unused=True))  # fmt: skip
+    return tuple(
+        next(found) if need and tensor is not None else None for tensor, need in zip(inputs, needs, strict=True)
+    )
 
 
 def as_parameters(found: Sequence[Tensor | None], tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
