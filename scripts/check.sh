@@ -19,7 +19,7 @@ check() {
 check "style: ruff check" ruff check .
 check "style: ruff format" ruff format --check --quiet .
 check "types: mypy" mypy
-check "layers: import-linter" lint-imports --no-logo
+check "layers: import-linter" lint-imports --no-logo --no-cache
 check "tests: pytest" python -m pytest --numprocesses "${WEFT_TEST_PROCESSES:-2}" --dist worksteal --quiet "$@"
 
 if ((${#failed[@]})); then
