@@ -112,7 +112,7 @@ def evaluate(
     classifies = examples.kind == "classification"
     if value is not None and classifies and not value.modules:
         raise DataError("the data have labels, and this adapter was not trained to classify: it has no head")
-    labels = list(examples.labels) if classifies else None
+    labels = list(examples.labels or ()) if classifies else None
     with opened(base, value, dtype=dtype, device=device, labels=labels) as ready:
         recipe = Recipe(max_length=max_length or trained.get("max_length"))
         most = longest(recipe, ready.model, ready.tokenizer)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from weft.adapter import Adapter
-from weft.errors import DataError, RecipeError
+from weft.errors import BaseError, DataError, RecipeError
 from weft.train.opening import BaseLike, Opened, opened, trained_format
 
 __all__ = ["Prompt", "Sampling", "continue_tokens", "encode", "generate", "stream"]
@@ -115,6 +115,10 @@ def encode(ready: Opened, prompts: Sequence[Prompt], chat: bool | None) -> list[
     from weft.data import Prompt as DataPrompt
     from weft.data import encode_prompts
 
+    if not hasattr(ready.model, "generate"):
+        raise BaseError(
+            f"a {type(ready.model).__name__} classifies, it can't generate text; see how well it does with weft.evaluate (weft eval)"
+        )
     trained = trained_format(ready.adapter)
     chat = bool(trained.get("as_chat")) if chat is None else chat
     for index, prompt in enumerate(prompts):
@@ -123,7 +127,7 @@ def encode(ready: Opened, prompts: Sequence[Prompt], chat: bool | None) -> list[
     shaped = [
         [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt for prompt in prompts
     ]
-    most = getattr(ready.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    most = _positions(ready.model) or 10**9
     rows = [DataPrompt(prompt, (), index) for index, prompt in enumerate(shaped)]
     return encode_prompts(rows, ready.tokenizer, max_length=int(most) - 1, separator=trained.get("separator", ""))
 
@@ -230,9 +234,14 @@ def _generation_config(model: nn.Module, tokenizer: Any, sampling: Sampling) -> 
     )
 
 
-def _room(model: nn.Module, width: int, sampling: Sampling) -> int:
+def _positions(model: Any) -> int | None:
+    """Positions that the base has; None where its config doesn't say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _room(model: Any, width: int, sampling: Sampling) -> int:
     """New tokens that still fit into the base's positions."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+    most = _positions(model)
     return sampling.max_new_tokens if not most else max(1, min(sampling.max_new_tokens, int(most) - width))
 
 

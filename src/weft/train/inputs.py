@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from weft.data import (
     Encoded,
@@ -67,11 +67,13 @@ class Inputs:
     data: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
 
-    def sampler(self, recipe: Recipe, processes: int) -> Sampler[int]:
+    def sampler(self, recipe: Recipe, processes: int) -> LengthGroupedSampler:
         """The order of the training data, a function of seed and epoch, the same for one process and for many."""
         step = recipe.batch_size * recipe.accumulation * processes
         grouped = recipe.batching == "length"
-        return LengthGroupedSampler(self.train.lengths, step, seed=recipe.seed, **({} if grouped else {"megabatch": 1}))
+        return LengthGroupedSampler(
+            self.train.lengths.tolist(), step, seed=recipe.seed, **({} if grouped else {"megabatch": 1})
+        )
 
     def eval_order(self) -> list[int]:
         """Evaluation features, longest first."""
@@ -139,7 +141,7 @@ def longest(recipe: Recipe, model: nn.Module, tokenizer: Any) -> int:
     Raises:
         RecipeError: the recipe asks for more than the base has positions.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limits = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
     limits.append(getattr(tokenizer, "model_max_length", None))
@@ -160,7 +162,11 @@ def prepare(recipe: Recipe, texts: Texts, model: nn.Module, tokenizer: Any) -> I
         DataError: nothing is left to train on; the model can't take packed rows; see `weft.data.encode`.
     """
     max_length = longest(recipe, model, tokenizer)
-    settings = {"max_length": max_length, "mask_prompt": recipe.mask_prompt, "separator": recipe.separator}
+    settings: dict[str, Any] = {
+        "max_length": max_length,
+        "mask_prompt": recipe.mask_prompt,
+        "separator": recipe.separator,
+    }
     labels = texts.train.labels or None
     train = encode(texts.train, tokenizer, labels=labels, **settings)
     evaluated = encode(texts.evaluated, tokenizer, labels=labels, **settings) if texts.evaluated is not None else None

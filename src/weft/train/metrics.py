@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["accuracy", "bleu", "exact_match", "macro_f1", "rouge_l", "text_metrics", "tokenizer_for"]
 
@@ -44,12 +45,12 @@ def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     Source:
         Post 2018, A Call for Clarity in Reporting BLEU Scores, arXiv:1804.08771.
     """
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     if not texts:
         return 0.0
     most = max(len(answers) for answers in references)
-    streams = [[answers[i] if i < len(answers) else None for answers in references] for i in range(most)]
+    streams: list[Any] = [[answers[i] if i < len(answers) else None for answers in references] for i in range(most)]
     tokenize = tokenizer_for([answer for answers in references for answer in answers])
     return float(BLEU(tokenize=tokenize).corpus_score(list(texts), streams).score)
 

@@ -128,12 +128,13 @@ class Recipe:
         return hash(repr(self.to_dict()))
 
     def __post_init__(self) -> None:
-        if isinstance(self.report_to, str):
-            object.__setattr__(self, "report_to", (self.report_to,))
-        elif isinstance(self.report_to, list):
-            object.__setattr__(self, "report_to", tuple(self.report_to))
-        if isinstance(self.spec, Mapping):
-            object.__setattr__(self, "spec", _spec(self.spec))
+        given: dict[str, Any] = {"report_to": self.report_to, "spec": self.spec}
+        if isinstance(given["report_to"], str):
+            object.__setattr__(self, "report_to", (given["report_to"],))
+        elif isinstance(given["report_to"], list):
+            object.__setattr__(self, "report_to", tuple(given["report_to"]))
+        if isinstance(given["spec"], Mapping):
+            object.__setattr__(self, "spec", _spec(given["spec"]))
         for name, (holds, expected) in _RULES.items():
             value = getattr(self, name)
             if not holds(value):

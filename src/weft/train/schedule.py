@@ -19,7 +19,6 @@ FULL_RATE = 5e-5
 """Learning rate of full fine-tuning at a width of 2000, from which the rule starts."""
 
 WIDTH_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
-SMALLEST_WIDTH = 512
 SHORT_RUN = 100
 
 
@@ -82,8 +81,8 @@ def learning_rate_for(width: int, family: str, steps: int) -> tuple[float, str]:
 
     ``5e-5 · m · (2000 / width) ** p``: full fine-tuning's rate at a width of 2000, times m = 10, or 15 in runs of
     fewer than 100 steps, times a power of the width that depends on the family: p = 0.781 for Llama, 0.0775 for Qwen,
-    and 0 for those that were not measured. It is nearly independent of the rank (4 to 512, with alpha 32). The width counts as 512 where it
-    is smaller: the rule was not measured there.
+    and 0 for those that were not measured. It is nearly independent of the rank (4 to 512, with alpha 32). It was measured at widths
+    above 1000, and found to hold for a Llama of width 64 as well.
 
     Args:
         width: hidden size of the base; 0: unknown.
@@ -96,7 +95,7 @@ def learning_rate_for(width: int, family: str, steps: int) -> tuple[float, str]:
     """
     times = 15 if steps < SHORT_RUN else 10
     exponent = next((value for name, value in WIDTH_EXPONENTS.items() if family.lower().startswith(name)), 0.0)
-    rate = FULL_RATE * times * ((2000 / max(width, SMALLEST_WIDTH)) ** exponent if width else 1.0)
+    rate = FULL_RATE * times * ((2000 / width) ** exponent if width else 1.0)
     rounded = float(f"{rate:.2g}")
     run = f"a run of {steps} steps" if steps < SHORT_RUN else "LoRA"
     return (

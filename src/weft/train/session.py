@@ -116,6 +116,11 @@ class Session:
             eval_collator=self.inputs.collate_eval,
             callbacks=callbacks,
         )
+        if "tensorboard" in self.recipe.report_to and trainer.is_world_process_zero():
+            from torch.utils.tensorboard import SummaryWriter
+            from transformers.integrations.integration_utils import TensorBoardCallback
+
+            trainer.add_callback(TensorBoardCallback(SummaryWriter(str(self.folder.trackers / "tensorboard"))))
         for silent in list(trainer.callback_handler.callbacks):
             if type(silent).__name__ in ("PrinterCallback", "ProgressCallback"):
                 trainer.remove_callback(silent)
@@ -206,7 +211,7 @@ def training_arguments(recipe: Recipe, schedule: Schedule, folder: Folder, packe
             label_names=["labels"],
             dataloader_num_workers=recipe.workers,
             dataloader_pin_memory=not cpu,
-            report_to=list(recipe.report_to) or "none",
+            report_to=[name for name in recipe.report_to if name != "tensorboard"] or "none",
             disable_tqdm=True,
             include_num_input_tokens_seen="all" if packed else "non_padding",
             restore_callback_states_from_checkpoint=True,

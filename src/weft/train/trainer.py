@@ -47,7 +47,7 @@ class Setup:
     bank: Bank
     slot: str
     schedule: Schedule
-    sampler: Sampler[int]
+    sampler: Any
     eval_order: list[int]
     classifies: bool = False
     lora_plus_ratio: float | None = None
@@ -71,6 +71,7 @@ class AdapterTrainer(Trainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         self.setup = setup
+        self.folder = Path(args.output_dir or "")
         self._eval_collator = eval_collator or data_collator
         self._keeps_logits = not setup.classifies and not args.torch_compile and keeps_logits(model)
         self._trained = _trained_tensors(model, setup.bank, setup.slot)
@@ -103,8 +104,12 @@ class AdapterTrainer(Trainer):
             raise NotFiniteError(self._diverged(f"the loss is {float(loss)}"))
         return loss
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: Trainer's way walks over all parameters at every forward."""
+        return 0
+
     def _diverged(self, what: str) -> str:
-        last = checkpoints.newest(Path(self.args.output_dir))
+        last = checkpoints.newest(self.folder)
         kept = f"the last good factors are in {last}" if last else "there is no checkpoint yet"
         return (
             f"{what} at step {self.state.global_step + 1} of {self.state.max_steps}; {kept}. Train again with a lower learning rate "
@@ -115,7 +120,7 @@ class AdapterTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW or another over the slot's parameters alone, in groups by weight decay and learning rate."""
         if self.optimizer is None:
-            opt_model = self.model if model is None else model
+            opt_model: Any = self.model if model is None else model
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, opt_model)
             ratio = self.setup.lora_plus_ratio
             groups = parameter_groups(
@@ -126,7 +131,7 @@ class AdapterTrainer(Trainer):
 
     # the data
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.setup.sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int]:
@@ -152,7 +157,7 @@ class AdapterTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Metrics over all rows of all processes: a mean over tokens, not over batches. Predictions are not kept."""
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        model = self.model_wrapped if sharded else self.model
+        model: Any = self.model_wrapped if sharded else self.model
         training = model.training
         model.eval()
         gather = self.accelerator.gather_for_metrics if self.args.world_size > 1 else None
@@ -171,12 +176,13 @@ class AdapterTrainer(Trainer):
         finally:
             model.train(training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in total.metrics().items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=total.rows)
+        nothing: Any = None
+        return EvalLoopOutput(predictions=nothing, label_ids=nothing, metrics=metrics, num_samples=total.rows)
 
     # checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder, step = Path(self.args.output_dir), self.state.global_step
+        folder, step = self.folder, self.state.global_step
         target = checkpoints.beside(folder, step)
         if self.args.should_save:
             checkpoints.clean(folder)
@@ -193,7 +199,8 @@ class AdapterTrainer(Trainer):
         if self.args.should_save:
             for part in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(part, ExportableState):
-                    self.state.stateful_callbacks[type(part).__name__] = part.state()
+                    states: Any = self.state.stateful_callbacks
+                    states[type(part).__name__] = part.state()
             self.state.save_to_json(str(target / checkpoints.TRAINER_STATE))
             checkpoints.publish(folder, step)
             checkpoints.rotate(folder, self.setup.keep, self._best_step())
@@ -203,7 +210,7 @@ class AdapterTrainer(Trainer):
         """The trained tensors, and an adapter that can be loaded."""
         if not self.args.should_save:
             return
-        target = Path(output_dir or self.args.output_dir)
+        target = Path(output_dir) if output_dir else self.folder
         tensors: Mapping[str, Tensor] = self._trained
         if state_dict:  # gathered from shards
             tensors = {name: state_dict[name] for name in self._trained}
@@ -224,12 +231,12 @@ class AdapterTrainer(Trainer):
         """Trainer's; a run folder may have been moved since the checkpoint was written."""
         found = super()._init_training_state(*args, **kwargs)
         best = self._best_step()
-        self.state.best_model_checkpoint = str(checkpoints.path_of(Path(self.args.output_dir), best)) if best else None
+        self.state.best_model_checkpoint = str(checkpoints.path_of(self.folder, best)) if best else None
         return found
 
     def _best_step(self) -> int | None:
         best = self.state.best_global_step
-        return best if best and checkpoints.path_of(Path(self.args.output_dir), best).is_dir() else None
+        return best if best and checkpoints.path_of(self.folder, best).is_dir() else None
 
     def _load_best_model(self) -> None:
         self.restore_best()
@@ -248,7 +255,7 @@ class AdapterTrainer(Trainer):
         best = self.state.best_global_step
         if not self.setup.schedule.best or not best:
             return None
-        path = checkpoints.path_of(Path(self.args.output_dir), best)
+        path = checkpoints.path_of(self.folder, best)
         if not path.is_dir():
             raise RunError(f"{path}: the best checkpoint is gone; the last one is {checkpoints.newest(path.parent)}")
         checkpoints.load_state(path / checkpoints.STATE, self._trained)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate import PartialState
+from accelerate import PartialState  # type: ignore[import-untyped]
 from torch import nn
 
 from weft.adapter import Adapter, Provenance
@@ -324,7 +324,7 @@ def _check_same(folder: Folder, known: Mapping[str, Any]) -> None:
 def _facts(inputs: Inputs, model: nn.Module, recipe: Recipe) -> Facts:
     import torch
 
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     widths = (getattr(config, name, None) for name in ("hidden_size", "n_embd", "d_model"))
     return Facts(

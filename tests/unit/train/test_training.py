@@ -119,6 +119,7 @@ def test_what_a_recipe_can_ask_for_learns(tmp_path: Path, base_dir: Path, task: 
     recipe = QUICK.replace(spec={"rank": 4}).replace(**change)
     run = weft.train(base=base_dir, data=task[0], eval_data=task[1], recipe=recipe, out=tmp_path / "run", progress=False)
     assert run.report.adapter["loss"] < run.report.base["loss"]
+    assert ("report_to" in change) == any((run.path / "trackers").rglob("events.out*"))
     model, _ = weft.load_base(base_dir, dtype=change.get("dtype"))
     assert weft.prove(run.adapter, model).ok, "the proof is not the autocast's or the checkpointing's"
 
