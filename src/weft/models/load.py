@@ -21,7 +21,7 @@ from weft.models.source import Source, find_source
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["TASKS", "load_base", "new_modules"]
+__all__ = ["TASKS", "load_base", "new_modules", "quiet"]
 
 log = logging.getLogger("weft.models")
 
@@ -85,7 +85,7 @@ def load_base(
     names = _label_names(task, labels)
     stored = _dtype(dtype)
     source = find_source(base, revision)
-    with _quiet():
+    with quiet():
         config = _config(source, names, task)
         model = _model(source, config, task, stored, relabelled=names is not None)
         tokenizer = _tokenizer(source, task)
@@ -292,7 +292,7 @@ def _reason(problem: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and reports of transformers while loading: what matters is said by weft."""
     from transformers.utils import logging as transformers_logging
 

@@ -1,0 +1,135 @@
+"""``weft inspect``: what an adapter is, and whether it does on a base what it did when it was saved."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from weft.cli import show
+from weft.cli.options import Base, Dtype, Json, Quiet, Usage
+
+if TYPE_CHECKING:
+    from weft.inspection import Inspection, SiteGroup
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Adapter: a directory, a file, or a run folder.")],
+    base: Base = None,
+    prove: Annotated[bool, typer.Option("--prove", help="Load it onto --base and compare its golden prompts.")] = False,
+    dtype: Dtype = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what an adapter is.
+
+    Sites, ranks, norms, size, digest, where it is from; with --prove also whether it is applied on a base.
+    """
+    if base is not None and not prove:
+        raise Usage("--base is for --prove: to inspect an adapter, no base is needed")
+    from weft.inspection import inspect_adapter, prove_adapter
+
+    found = inspect_adapter(path)
+    proof = prove_adapter(found.adapter, base, dtype=dtype) if prove else None
+    if json:
+        show.as_json({**found.to_dict(), **({"proof": proof.to_dict()} if proof else {})})
+    else:
+        _show(found)
+        if proof is not None:
+            show.result(f"\n{proof.text()}")
+    if proof is not None and not proof.ok:
+        raise typer.Exit(1)
+
+
+def _show(found: Inspection) -> None:
+    """Facts, sites, provenance, warnings."""
+    adapter = found.adapter
+    show.pairs([
+        ("adapter", found.path),
+        ("digest", adapter.digest),
+        ("numbers", f"{adapter.num_parameters:,} in {len(found.sites)} sites, rank {adapter.ranks()}; ‖ΔW‖ {found.norm:.4g}"),
+        ("spec", _spec(found)),
+        ("files", ", ".join(f"{name} {show.size(count)}" for name, count in found.files.items()) or "none"),
+        *((f"{path}.*", "trained whole: " + ", ".join(f"{name} {'×'.join(map(str, tensor.shape))}" for name, tensor in tensors.items()))
+          for path, tensors in adapter.modules.items()),
+        *([("biases", f"{len(adapter.biases)} of the base, trained with it")] if adapter.biases else []),
+    ])  # fmt: skip
+    show.result()
+    common = _common([group.pattern for group in found.groups])
+    heads = (
+        (f"site{f' in {common[:-1]}' if common else ''}", "left"),
+        ("n", "right"),
+        ("shape", "right"),
+        ("rank", "right"),
+        ("scale", "right"),
+        ("‖ΔW‖", "right"),
+        ("eff. rank", "right"),
+    )
+    show.table(heads, [_row(group, common) for group in found.groups])
+    show.result()
+    show.pairs(_provenance(found))
+    if found.run is not None:
+        show.result(f"\n{found.run.text()}")
+    if found.warnings:
+        show.result()
+    for warning in found.warnings:
+        show.result(f"warning: {warning}")
+
+
+def _common(patterns: list[str]) -> str:
+    """What all paths start with, up to a dot: it is said once, in the heading."""
+    parts = [pattern.split(".")[:-1] for pattern in patterns]
+    same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
+    return "".join(f"{names[0]}." for names in same) if len(patterns) > 1 else ""
+
+
+def _row(group: SiteGroup, common: str) -> tuple[str, ...]:
+    low, middle, high = group.norms
+    norm = f"{middle:.3g}" if group.count == 1 else f"{middle:.3g} ({low:.2g}–{high:.2g})"
+    shape = "×".join(map(str, group.shape))
+    return (
+        group.pattern.removeprefix(common),
+        str(group.count),
+        shape,
+        str(group.rank),
+        f"{group.scale:.4g}",
+        norm,
+        f"{group.effective_rank:.1f}",
+    )
+
+
+def _spec(found: Inspection) -> str:
+    """What was asked for, where it is not the default."""
+    from weft.spec import LoraSpec
+
+    default = LoraSpec().to_dict()
+    own = found.adapter.spec.to_dict()
+    return " ".join(
+        f"{name}={value}"
+        for name, value in own.items()
+        if name in ("rank", "alpha", "targets") or value != default[name]
+    )
+
+
+def _provenance(found: Inspection) -> list[tuple[str, str]]:
+    facts = found.adapter.provenance
+    base = facts.base
+    recipe = facts.recipe or {}
+    told = ("kind", "steps", "learning_rate", "batch_size", "schedule", "seed")
+    rows = [
+        ("base", f"{base.name or '(no name)'}, {base.architecture} {base.dtype}, weights {base.weights[:12]}"
+                 f"{', sampled' if base.sampled else ''}{f', commit {base.commit[:12]}' if base.commit else ''}" if base else "not said"),
+        *(("data", f"{part.get('role', '')} {part.get('source', '')}: {part.get('examples', '?')} examples, {str(part.get('digest', ''))[:12]}".strip())
+          for part in facts.data if not found.run),
+        ("recipe", ", ".join(f"{name} {recipe[name]}" for name in told if recipe.get(name) is not None)),
+        *([] if found.run else [("evaluation", ", ".join(f"{name} {value:.4g}" for name, value in facts.evaluation.items()))]),
+        ("parents", ", ".join(str(parent) for parent in facts.parents)),
+        ("versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())),
+        ("created", facts.created or ""),
+        *(("note", note) for note in facts.notes),
+    ]  # fmt: skip
+    return [(name, value) for name, value in rows if value]

@@ -1,0 +1,91 @@
+"""``weft train``: a base and a file of examples become a run folder with an adapter."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from weft.cli import show
+from weft.cli.options import Base, Columns, Dtype, Json, Kind, Quiet, Usage, columns_of
+from weft.cli.quiet import show_remarks
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+EPILOG = (
+    "Often set: rank alpha targets dropout init dora rslora epochs max_steps learning_rate batch_size accumulation max_length"
+    " batching eval_every patience seed report_to. All names: the fields of weft.Recipe and weft.LoraSpec."
+    " Several GPUs: accelerate launch -m weft train …"
+)
+
+
+@app.command(epilog=EPILOG)
+def train(
+    base: Base = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="DATA", help="JSON lines, CSV, Parquet, text, or a hub data set.")
+    ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option("--eval", metavar="DATA", help="Evaluation data; or a share of --data to hold out, as in 0.1."),
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="The run folder, as in runs/NAME.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", metavar="FILE", help="A recipe in YAML; default: the stable one.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change the recipe, as in rank=16; may be repeated."),
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="DIR", help="Go on with a run that was stopped or killed.")
+    ] = None,
+    columns: Columns = None,
+    kind: Kind = None,
+    dtype: Dtype = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that stands in --out.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train an adapter on a frozen base."""
+    folder = resume if out is None else out
+    if folder is None or None not in (out, resume):
+        raise Usage("give --out runs/NAME for a new run, or --resume runs/NAME to go on with one")
+    if resume is not None and overwrite:
+        raise Usage("--resume goes on with a run and --overwrite removes it; give one of them")
+    if resume is None and data is None:
+        raise Usage("give --data FILE, the examples to learn from")
+    if not quiet:
+        show_remarks()
+    from weft import Recipe
+    from weft import train as run_training
+
+    named = {"columns": columns_of(columns), "kind": kind, "dtype": dtype}
+    changes = {name: value for name, value in named.items() if value is not None}
+    given = recipe is not None or bool(assignments) or bool(changes)
+    chosen = Recipe.load(recipe) if recipe is not None else Recipe()
+    run = run_training(
+        base=base,
+        data=data,
+        eval_data=_share(evaluation),
+        recipe=chosen.replace(**changes).set(assignments or ()) if given else None,
+        out=folder,
+        resume=resume is not None,
+        overwrite=overwrite,
+        progress=show.progress(quiet),
+    )
+    if json:
+        return show.as_json({"path": run.path, **run.report.to_dict()})
+    show.result(run.report.text())
+    show.remark(f"\nwritten: {run.path}/ (adapter, report.md, curve.svg, log.jsonl, recipe.yaml, checkpoints)", quiet)
+    verb = "eval --data FILE" if run.report.data.get("train", {}).get("kind") == "classification" else "generate PROMPT"
+    show.remark(f"next:    {show.command('weft', *verb.split()[:1], *(('--base', base) if base else ()), '--adapter', str(run.path))} "
+                f"{' '.join(verb.split()[1:])}", quiet)  # fmt: skip
+
+
+def _share(text: str | None) -> str | float | None:
+    """A share of the data to hold out, where it is a number; else the name of a file or data set."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
