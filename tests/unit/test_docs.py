@@ -75,7 +75,7 @@ def test_the_map_is_the_one_that_is_checked(repository: Path) -> None:
     inside = next(contract for contract in contracts if contract.get("containers") == ["weft.core"])
     levels = [tuple(level.split(" | ")) for level in inside["layers"]]
     tree = (repository / "ARCHITECTURE.md").read_text(encoding="utf-8").split("core/  ")[1].split("adapter.py")[0]
-    drawn = [tuple(line.split("   ")[0].split("  ")) for line in tree.splitlines()[1:] if (line := line.strip())]
+    drawn = [tuple(line.strip().split("   ")[0].split("  ")) for line in tree.splitlines()[1:] if line.strip()]
     assert drawn == levels
 
 
