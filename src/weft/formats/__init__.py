@@ -1,0 +1,1 @@
+"""Adapters in files: PEFT's, and those of others."""

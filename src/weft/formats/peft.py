@@ -1,0 +1,251 @@
+"""Adapters in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``, read and written.
+
+    adapter = read("out/mine")        # whatever PEFT 0.2 to 0.21 saved, or weft
+    write(adapter, "out/again")       # a directory that PeftModel.from_pretrained loads
+
+weft adds ``weft.json`` (see `weft.formats.record`) and ``weft_proof.safetensors``. This module puts the parts together;
+the rules are in the modules beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.adapter import Adapter, Provenance
+from weft.core.factors import Factors
+from weft.errors import FormatError, NotFiniteError, UnsupportedError, some_names
+from weft.formats.checks import listing, read_json, shortened
+from weft.formats.folders import home_of, write_folder
+from weft.formats.peft_config import CONFIG, PeftConfig, read_config
+from weft.formats.peft_keys import sort_keys
+from weft.formats.peft_pack import pack, unpack
+from weft.formats.peft_rest import read_rest
+from weft.formats.peft_settings import settings_of
+from weft.formats.peft_sites import ReadSites, read_sites, seat_sites
+from weft.formats.peft_spec import read_spec
+from weft.formats.peft_starts import check_start, without_start
+from weft.formats.record import RECORD, Record, SiteRecord, config_hash, dtype_of, read_record
+from weft.formats.tensor_files import TensorFile, read_header, read_tensors, sha256_of, write_tensors
+
+__all__ = ["OWNED", "PROOF", "WEIGHTS", "is_adapter", "read", "write"]
+
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+OWN_WEIGHTS = "weft_model.safetensors"
+PROOF = "weft_proof.safetensors"
+OWNED = (CONFIG, *WEIGHTS, RECORD, OWN_WEIGHTS, PROOF)
+"""Files of an adapter directory."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a directory says that it is an adapter."""
+    return any(os.path.lexists(home_of(folder) / name) for name in (CONFIG, RECORD))
+
+
+def read(directory: str | os.PathLike[str], *, allow_partial: bool = False, base: nn.Module | None = None) -> Adapter:
+    """Read an adapter directory of PEFT or weft.
+
+    With a ``weft.json`` in it, the adapter comes back exactly as it was saved, digest included, or not at all. Without, it is read as
+    PEFT reads it; what was found, ignored or concluded is in ``adapter.provenance.notes``.
+
+    Args:
+        directory: the directory.
+        allow_partial: leave out sites that lack a tensor, and listed modules that the file has not; noted.
+        base: the base model. Needed only for adapters that PEFT started by PiSSA or OLoRA, whose files count from a base that PEFT
+            rewrote, and for bare parameters whose order nobody knows.
+
+    Raises:
+        FormatError: a file that is damaged, changed, of the wrong kind, or that contradicts another one; names the key.
+        UnsupportedError: another method, or a feature that weft has not; says the way out.
+        KeysError: keys without a site, sites without a key.
+        NotFiniteError: NaN or infinity.
+    """
+    place = Path(directory).expanduser()
+    if not place.is_dir():
+        raise FormatError("no such directory", path=place)
+    folder = home_of(place)
+    if os.path.lexists(folder / RECORD):
+        return _read_own(folder)
+    config = read_config(folder)
+    rewritten = check_start(config, base)
+    path = _weights(folder)
+    if path.suffix == ".safetensors":
+        entries, _ = read_header(path, folder)
+        blank = {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
+        _assemble(config, blank, path, allow_partial, base)
+    found = read_tensors(path, folder)
+    sites, modules, biases, notes = _assemble(config, found.tensors, path, allow_partial, base)
+    factors = sites.factors
+    if rewritten and base is not None:
+        factors = without_start(config, factors, base)
+        notes.append(f"init_lora_weights={config.start!r}: the start that PEFT wrote into its base was taken out of the factors; ranks doubled")
+    spec, more = read_spec(config, factors, sites.names, tuple(modules))
+    return Adapter(spec, factors, modules, biases, _provenance(config, [*notes, *more]))
+
+
+def _weights(folder: Path) -> Path:
+    there = [folder / name for name in WEIGHTS if os.path.lexists(folder / name)]
+    if not there:
+        raise FormatError(
+            f"the weights are missing: looked for {' and '.join(WEIGHTS)}. The folder holds {listing(folder)}: get the whole repository", path=folder
+        )
+    return there[0]
+
+
+def _assemble(
+    config: PeftConfig, tensors: Mapping[str, Tensor], path: Path, allow_partial: bool, base: nn.Module | None
+) -> tuple[ReadSites, dict[str, dict[str, Tensor]], dict[str, Tensor], list[str]]:
+    """Factors, modules and biases of a file; on tensors without data everything but the numbers is checked."""
+    keys = sort_keys(tensors, path)
+    seated = seat_sites(config, keys, base)
+    rest = read_rest(config, keys, tensors, allow_partial=allow_partial)
+    if not seated and not rest.modules and not rest.biases:
+        raise FormatError(f"holds no LoRA factors; its keys are {some_names(tensors, 3) or 'none'}", path=path)
+    sites = read_sites(config, seated, tensors, allow_partial=allow_partial)
+    modules = {home: {name: tensors[key] for name, key in names.items()} for home, names in rest.modules.items()}
+    biases = {name: tensors[key] for name, key in rest.biases.items()}
+    return sites, modules, biases, [*config.notes, *keys.notes, *rest.notes, *sites.notes]
+
+
+def _provenance(config: PeftConfig, notes: list[str]) -> Provenance:
+    version = config.get("peft_version")
+    return Provenance(
+        base_name=config.get("base_model_name_or_path") or None, versions={"peft": version} if version else {}, notes=tuple(dict.fromkeys(notes))
+    )
+
+
+# weft's own directories
+
+
+def _read_own(folder: Path) -> Adapter:
+    """A directory with a weft.json: nothing in it may have changed."""
+    record = read_record(folder)
+    own = record.layout == "weft"
+    if not own:
+        said = read_json(folder / CONFIG, folder) if os.path.lexists(folder / CONFIG) else None
+        if said is None or config_hash(said) != record.files.get(CONFIG):
+            raise _changed(folder / CONFIG, "is missing" if said is None else "was changed")
+    found = _verified(folder, OWN_WEIGHTS if own else WEIGHTS[0], record)
+    adapter = _unpack_own(record, found) if own else unpack(record, found.tensors, found.path)
+    if record.proof:
+        adapter = adapter.replace(proof=_verified(folder, PROOF, record).tensors)
+    if adapter.digest != record.digest:
+        raise _changed(folder / RECORD, f"was changed: the adapter's digest is {adapter.digest[:12]}, it says {record.digest[:12]}")
+    return adapter
+
+
+def _verified(folder: Path, name: str, record: Record) -> TensorFile:
+    path = folder / name
+    if not os.path.lexists(path):
+        raise _changed(path, "is missing")
+    found = read_tensors(path, folder)
+    if found.sha256 != record.files.get(name):
+        raise _changed(path, "was changed")
+    return found
+
+
+def _changed(path: Path, what: str) -> FormatError:
+    return FormatError(
+        f"{what} since weft wrote the directory. Get the directory again; or, if the change is meant, delete {RECORD}: what is left is read as a plain PEFT "
+        "adapter, without provenance and proof", path=path
+    )  # fmt: skip
+
+
+def _unpack_own(record: Record, found: TensorFile) -> Adapter:
+    """The layout that only weft reads: every tensor under the name that `Adapter.tensors` gives it."""
+    left = dict(found.tensors)
+    try:
+        factors = {site.path: _own_factors(site, left) for site in record.sites}
+        modules = {path: {name: left.pop(f"{path}.{name}") for name in names} for path, names in record.modules.items()}
+        biases = {name: left.pop(name) for name in record.biases}
+    except KeyError as problem:
+        raise FormatError("missing: a part of the file is lost", path=found.path, key=shortened(str(problem.args[0]))) from None
+    except ValueError as problem:
+        raise FormatError(str(problem), path=found.path) from None
+    if left:
+        raise FormatError(f"tensors that belong to nothing: {some_names(left)}", path=found.path)
+    return Adapter(record.spec, factors, modules, biases, record.provenance)
+
+
+def _own_factors(site: SiteRecord, left: dict[str, Tensor]) -> Factors:
+    A, B = (left.pop(f"{site.path}.{name}").to(dtype_of(dtype)) for name, dtype in zip(("lora_A", "lora_B"), site.dtypes, strict=True))
+    magnitude, bias = left.pop(f"{site.path}.magnitude", None), left.pop(f"{site.path}.bias", None) if site.bias else None
+    return Factors(A, B, site.scale, site.kind, site.kernel, magnitude, bias, site.groups)
+
+
+def write(
+    adapter: Adapter, directory: str | os.PathLike[str], *, overwrite: bool = False, for_peft: bool = True, leaf_names: bool = False
+) -> Path:
+    """Write an adapter directory: all of it or nothing, flushed to the disk.
+
+    ``PeftModel.from_pretrained`` loads it and gives the same outputs; `read` gives back the same adapter.
+
+    Args:
+        adapter: any; dtypes are kept.
+        directory: where to.
+        overwrite: replace an adapter that is there; other files in the directory are left alone.
+        for_peft: False writes a layout of weft's own, for what PEFT has no place for. PEFT finds no adapter in such a directory.
+        leaf_names: target modules by the last part of their paths alone, for servers that read no paths.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FormatError: the directory holds an adapter already, or can't be written.
+        UnsupportedError: something that PEFT can't express; names the site and the way out.
+        NotFiniteError: NaN or infinity in the adapter.
+    """
+    _check_finite(adapter)
+    files: dict[str, Callable[[Path], None]] = {}
+    hashes: dict[str, str] = {}
+
+    def put(name: str, tensors: Mapping[str, Tensor]) -> None:
+        def writer(path: Path) -> None:
+            write_tensors(path, tensors)
+            hashes[name] = sha256_of(path)
+
+        files[name] = writer
+
+    settings: dict[str, Any] | None = None
+    if for_peft:
+        try:
+            packed = pack(adapter)
+        except UnsupportedError as problem:
+            raise UnsupportedError(
+                f"PEFT's files can't hold this adapter: {problem}. adapter.save(directory, for_peft=False) keeps it in a layout that weft reads, and "
+                "weft.merge writes it into a plain model", path=directory
+            ) from None  # fmt: skip
+        settings = settings_of(adapter, packed.layout, packed.scales, leaf_names=leaf_names)
+        put(WEIGHTS[0], packed.tensors)
+    else:
+        put(OWN_WEIGHTS, adapter.tensors())
+    if adapter.proof:
+        put(PROOF, adapter.proof)
+
+    def record(path: Path) -> None:
+        if settings is not None:
+            hashes[CONFIG] = config_hash(settings)
+        path.write_text(Record.of(adapter, "peft" if for_peft else "weft", hashes).to_json(), encoding="utf-8")
+
+    files[RECORD] = record
+    if settings is not None:
+        text = json.dumps(settings, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        files[CONFIG] = lambda path: _write_text(path, text)
+    return write_folder(directory, files, owned=OWNED, overwrite=overwrite)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _check_finite(adapter: Adapter) -> None:
+    adapter.check_finite()
+    for name, tensor in adapter.tensors().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NotFiniteError(f"{name} has NaN or infinite values; such an adapter is not written")

@@ -1,0 +1,296 @@
+"""Files of named tensors: safetensors, and PyTorch's pickles read without running them.
+
+A safetensors header is parsed and checked by hand before anything is allocated; then each tensor is read from its
+own bytes of the same open file. A pickle is opened with ``weights_only=True`` and mapped, never copied blindly. This
+module does not know what the names mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from weft.errors import FormatError, NotFiniteError
+from weft.formats.checks import check_name, parse_object, plain_file, shortened
+
+__all__ = ["Entry", "NotFiniteFileError", "TensorFile", "parse_header", "read_header", "read_tensors", "sha256_of", "write_tensors"]
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 500_000
+MAX_DIMENSIONS = 8
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
+}  # fmt: skip
+
+_BROKEN = (
+    RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
+    ArithmeticError, MemoryError, OSError, ImportError, zipfile.BadZipFile, SyntaxError,
+)  # fmt: skip
+"""What torch raises for a pickle that is not what it says."""
+
+
+class NotFiniteFileError(FormatError, NotFiniteError):
+    """A file with NaN or infinity where finite numbers were expected."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a safetensors header says of one tensor; ``start`` and ``stop`` count from the end of the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A file that was read.
+
+    Attributes:
+        tensors: by name, in the order of the file.
+        metadata: text that stands in a safetensors header.
+        sha256: of the whole file.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    sha256: str
+
+
+def read_header(path: Path, folder: Path | None = None) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Names, dtypes and shapes of a safetensors file, all checked; nothing else is read.
+
+    Raises:
+        FormatError: see `parse_header`.
+    """
+    size = plain_file(path, folder)
+    with path.open("rb") as file:
+        return parse_header(_head(file, size, path), size, path)
+
+
+def _head(file: BinaryIO, size: int, path: Path) -> bytes:
+    """The length and the header, once the length is plausible."""
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    if len(first) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+        what = "a PyTorch file (zip or pickle): its name should end in .bin" if first[:1] in (b"P", b"\x80") else "cut short or damaged"
+        raise FormatError(f"not a safetensors file of {size:,} bytes: the header would have {length:,} bytes; {what}", path=path)
+    return first + file.read(length)
+
+
+def parse_header(head: bytes, size: int, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Check a safetensors header against the size of its file.
+
+    Args:
+        head: the first eight bytes and the header.
+        size: of the whole file, in bytes.
+        path: for messages.
+
+    Returns:
+        Entries by name in the order of their bytes, and the metadata.
+
+    Raises:
+        FormatError: no JSON object, a name twice or with control characters, an unknown dtype, a shape that doesn't
+            match its bytes, bytes outside of the file, shared by two tensors or by none.
+    """
+    if len(head) < 9 or len(head) != 8 + int.from_bytes(head[:8], "little") or head[8:9] != b"{":
+        raise FormatError("not a safetensors file: there is no header; damaged, or another kind of file", path=path)
+    said = parse_object(head[8:], lambda message, key: FormatError(f"safetensors header: {message}", path=path, key=key))
+    metadata = said.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError("safetensors header: __metadata__ has to hold text only", path=path, key="__metadata__")
+    if len(said) > MAX_TENSORS:
+        raise FormatError(f"{len(said):,} tensors in one file; at most {MAX_TENSORS:,} are read", path=path)
+    entries = {name: _entry(name, facts, path) for name, facts in said.items()}
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
+    end = 0
+    for name, entry in ordered.items():
+        if entry.start != end:
+            what = "bytes of another tensor" if entry.start < end else f"{entry.start - end:,} bytes that belong to nothing"
+            raise FormatError(f"its bytes start at {entry.start:,}, after {end:,}: {what}; the file is damaged", path=path, key=shortened(name))
+        end = entry.stop
+    if end != size - len(head):
+        raise FormatError(
+            f"the header describes {end:,} bytes, the file has {size - len(head):,} after it: cut short or damaged; get it again", path=path
+        )
+    return ordered, metadata
+
+
+def _entry(name: str, facts: Any, path: Path) -> Entry:
+    """One tensor of a header."""
+    key = shortened(name)
+    check_name(name, path)
+    if not isinstance(facts, dict) or set(facts) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError("safetensors header: expected dtype, shape and data_offsets", path=path, key=key)
+    dtype = _DTYPES.get(facts["dtype"]) if isinstance(facts["dtype"], str) else None
+    if dtype is None:
+        raise FormatError(f"dtype {facts['dtype']!r}; expected one of {', '.join(_DTYPES)}", path=path, key=key)
+    shape, offsets = facts["shape"], facts["data_offsets"]
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+            raise FormatError(f"shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]}; expected lists of whole numbers", path=path, key=key)
+    if len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
+        raise FormatError(f"{len(shape)} dimensions and {len(offsets)} offsets; expected at most {MAX_DIMENSIONS}, and 2", path=path, key=key)
+    needed = math.prod(shape) * dtype.itemsize
+    if offsets[1] - offsets[0] != needed:
+        raise FormatError(
+            f"shape {shape} of {facts['dtype']} needs {needed:,} bytes, its data_offsets {offsets} hold {offsets[1] - offsets[0]:,}", path=path, key=key
+        )
+    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def read_tensors(path: Path, folder: Path | None = None) -> TensorFile:
+    """All tensors of a file, copied into memory; the kind of file is told by its first bytes.
+
+    Args:
+        path: ``.safetensors``, or a zip as ``torch.save`` writes it (``.bin``, ``.pt``, ``.pth``, ``.ckpt``).
+        folder: where the file has to be in, links followed.
+
+    Raises:
+        FormatError: see `parse_header`; a pickle that needs more than tensors.
+        NotFiniteFileError: NaN or infinity.
+    """
+    size = plain_file(path, folder)
+    try:
+        with path.open("rb") as file:
+            if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+                found = _read_pickle(path, size)
+            else:
+                found = _read_safetensors(file, size, path)
+    except OSError as problem:
+        raise FormatError(f"can't be read: {problem.strerror or problem}", path=path) from None
+    for name, tensor in found.tensors.items():
+        check_finite(name, tensor, path)
+    return found
+
+
+def check_finite(name: str, tensor: Tensor, path: Path) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        NotFiniteFileError: names the tensor.
+    """
+    if not tensor.is_floating_point():
+        return
+    numbers = tensor.float() if tensor.itemsize == 1 else tensor
+    if not bool(torch.isfinite(numbers).all()):
+        bad = int((~torch.isfinite(numbers)).sum())
+        raise NotFiniteFileError(
+            f"{bad:,} of {tensor.numel():,} values are NaN or infinite: the training that wrote it diverged, or the file is damaged; "
+            "take an earlier checkpoint", path=path, key=shortened(name)
+        )  # fmt: skip
+
+
+def _read_safetensors(file: BinaryIO, size: int, path: Path) -> TensorFile:
+    head = _head(file, size, path)
+    entries, metadata = parse_header(head, size, path)
+    digest = hashlib.sha256(head)
+    tensors: dict[str, Tensor] = {}
+    for name, entry in entries.items():  # in the order of their bytes: the file is read once, from start to end
+        raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+        view = memoryview(raw.numpy())  # type: ignore[arg-type]
+        if len(view) and file.readinto(view) != len(view):  # type: ignore[attr-defined]
+            raise FormatError("the file became shorter while it was read", path=path, key=shortened(name))
+        digest.update(view)
+        if entry.dtype == torch.bool and bool((raw > 1).any()):
+            raise FormatError("truth values that are neither 0 nor 1", path=path, key=shortened(name))
+        tensors[name] = raw.view(entry.dtype).reshape(entry.shape)
+    return TensorFile(path, tensors, metadata, digest.hexdigest())
+
+
+def _read_pickle(path: Path, size: int) -> TensorFile:
+    """A state dict that ``torch.save`` wrote as a zip; nothing but tensors and plain containers is unpickled."""
+    _check_zip(path, size)
+    try:
+        value = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
+    except _BROKEN as problem:
+        first = str(problem).strip().splitlines()[:1]
+        raise FormatError(
+            f"not a state dict of plain tensors ({type(problem).__name__}: {first[0][:200] if first else 'damaged'}). Nothing else is unpickled, "
+            "because pickles can run code: save it as safetensors where it came from", path=path
+        ) from None  # fmt: skip
+    tensors = {name: _owned(name, tensor, path) for name, tensor in _state_dict(value, path).items()}
+    return TensorFile(path, tensors, {}, sha256_of(path))
+
+
+def _check_zip(path: Path, size: int) -> None:
+    """Members are stored as they are, and all of them together are no larger than the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, struct.error, EOFError):
+        raise FormatError(
+            "no zip as torch.save writes it since PyTorch 1.6: damaged, or older; an older one: torch.save(torch.load(path, weights_only=True), path) "
+            "writes it anew", path=path
+        ) from None  # fmt: skip
+    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if packed or sum(member.file_size for member in members) > size:
+        raise FormatError("a compressed archive: torch.save never writes such a file; don't trust it", path=path)
+
+
+def _state_dict(value: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict, also where a training wrapped it: ``{"model_state_dict": {...}}``."""
+    for name in ("model_state_dict", "state_dict", "model", "module"):
+        if isinstance(value, dict) and isinstance(value.get(name), dict):
+            value = value[name]
+    if not isinstance(value, dict) or not value:
+        raise FormatError(f"expected a state dict (names and tensors), got {type(value).__name__}", path=path)
+    for name, tensor in value.items():
+        if not isinstance(name, str):
+            raise FormatError(f"expected names, got {type(name).__name__} as a key", path=path)
+        check_name(name, path)
+        if not isinstance(tensor, Tensor):
+            raise FormatError(f"expected a tensor, got {type(tensor).__name__}", path=path, key=shortened(name))
+    return value
+
+
+def _owned(name: str, tensor: Tensor, path: Path) -> Tensor:
+    """A copy of a tensor that really has the bytes that its shape needs."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.is_quantized or tensor.dtype.is_complex:
+        raise FormatError(f"a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}; expected a plain one", path=path, key=shortened(name))
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise FormatError(f"shape {tuple(tensor.shape)} needs more bytes than the file has for it", path=path, key=shortened(name))
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 over a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file; dtypes are kept.
+
+    Args:
+        path: a new file.
+        tensors: by name; any device and layout of memory, also shared.
+        metadata: text for the header.
+    """
+    from safetensors.torch import save_file
+
+    seen: set[int] = set()
+    ready: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        shared = plain.untyped_storage().data_ptr() in seen or plain.untyped_storage().nbytes() != plain.numel() * plain.itemsize
+        ready[name] = plain.clone() if shared else plain
+        seen.add(ready[name].untyped_storage().data_ptr())
+    save_file(ready, path, metadata={"format": "pt", **(metadata or {})})
