@@ -53,7 +53,7 @@ class Geometry:
         return Geometry(ones, zeros, ones, self.groups)
 
 
-def convolve(module: nn.Module, slot: Slot, x: Tensor, bias: Tensor | None) -> Tensor:
+def convolve(module: nn.Module, slot: Slot, x: Tensor, bias: Tensor | None, *, alone: bool = False) -> Tensor:
     """An adapted convolution layer without what follows it (magnitude, B's bias).
 
     Args:
@@ -61,22 +61,22 @@ def convolve(module: nn.Module, slot: Slot, x: Tensor, bias: Tensor | None) -> T
         slot: lora_A (r, in, *kernel), lora_B (out, r / groups, 1 …).
         x: (N, C, *size) or (C, *size).
         bias: the base's bias, or None to leave it out.
+        alone: the update without the base's product, for layers that compute that in a way of their own.
     """
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     batched = x.dim() == len(module.kernel_size) + 2
     x = x if batched else x.unsqueeze(0)
-    padding = module.padding
-    if isinstance(padding, str) or module.padding_mode != "zeros":
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    around = module._reversed_padding_repeated_twice
+    padding = tuple(around[::-2])
+    if module.padding_mode != "zeros" or padding != tuple(around[-2::-2]):
+        x = F.pad(x, around, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
         padding = (0,) * len(module.kernel_size)
-    where = Geometry(tuple(module.stride), tuple(padding), tuple(module.dilation), module.groups)
+    where = Geometry(tuple(module.stride), padding, tuple(module.dilation), module.groups)
     p = slot.dropout if module.training else 0.0
     A, B = _pair(slot, len(module.kernel_size))
-    if ops.use_plain(x) or torch.is_autocast_enabled(x.device.type):
-        out = reference_convolve(x, module.weight, bias, A, B, slot.scale, p, where)
-    else:
-        out = _Conv.apply(x, module.weight, bias, A, B, slot.scale, p, where)
+    W = None if alone else module.weight
+    compute = reference_convolve if ops.use_plain(x) or torch.is_autocast_enabled(x.device.type) else _Conv.apply
+    out: Tensor = compute(x, W, bias, A, B, slot.scale, p, where)
     return out if batched else out.squeeze(0)
 
 
@@ -91,44 +91,52 @@ def _pair(slot: Slot, dimensions: int) -> tuple[Tensor, Tensor]:
 
 
 def reference_convolve(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float, where: Geometry
+    x: Tensor, W: Tensor | None, b: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float, where: Geometry
 ) -> Tensor:
     """The slow, obvious form."""
-    inner = F.dropout(x, p) if p else x
+    return _by_autograd(x, F.dropout(x, p) if p else x, W, b, A, B, scale, where)
+
+
+def _by_autograd(
+    x: Tensor, inner: Tensor, W: Tensor | None, b: Tensor | None, A: Tensor, B: Tensor, scale: float, where: Geometry
+) -> Tensor:
+    """By operations that autograd knows; ``inner`` is x as dropout left it."""
     thin = where.apply(inner, A.to(x.dtype), None, 1)
-    return where.apply(x, W, b, where.groups) + where.pointwise().apply(thin, B.to(x.dtype), None, where.groups) * scale
+    update = where.pointwise().apply(thin, B.to(x.dtype), None, where.groups) * scale
+    return update if W is None else where.apply(x, W, b, where.groups) + update
 
 
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float, where: Geometry
-    ) -> Tensor:
-        x = x.contiguous()
+        ctx: Any, x: Tensor, W: Tensor | None, b: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float,
+        where: Geometry,
+    ) -> Tensor:  # fmt: skip
         drawn = dropping.draw(x, p) if p else None
         thin = where.apply(x if drawn is None else dropping.drop(x, drawn), A.to(x.dtype), None, 1)
-        out = where.apply(x, W, b, where.groups)
-        out.add_(where.pointwise().apply(thin, B.to(x.dtype), None, where.groups), alpha=scale / (1 - p))
-        ctx.save_for_backward(x, W, A, B, thin, drawn)
+        out = where.pointwise().apply(thin, B.to(x.dtype), None, where.groups).mul_(scale / (1 - p))
+        if W is not None:
+            out = where.apply(x, W, b, where.groups).add_(out)
+        ctx.save_for_backward(x, W, b, A, B, thin, drawn)
         ctx.scale, ctx.where = scale / (1 - p), where
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, A, B, thin, drawn = ctx.saved_tensors
+        x, W, b, A, B, thin, drawn = ctx.saved_tensors
         where: Geometry = ctx.where
         needs = ctx.needs_input_grad
-        grad = grad.contiguous()
-        inner, dB = where.pointwise().grads(grad * ctx.scale, thin, B.to(x.dtype), where.groups, (True, needs[4]))
         source = x if drawn is None else dropping.drop(x, drawn)
+        if torch.is_grad_enabled():
+            out = _by_autograd(x, source, W, b, A, B, ctx.scale, where)
+            return *ops.differentiable((out,), (grad,), (x, W, b, A, B), needs[:5]), None, None, None
+        inner, dB = where.pointwise().grads(grad * ctx.scale, thin, B.to(x.dtype), where.groups, (True, needs[4]))
         dX, dA = where.grads(inner, source, A.to(x.dtype), 1, (needs[0], needs[3]))
         if dX is not None and drawn is not None:
             dX = dropping.drop_(dX.contiguous(), drawn)
         dW = None
-        if needs[0] or needs[1]:
+        if W is not None and (needs[0] or needs[1]):
             base, dW = where.grads(grad, x, W, where.groups, (needs[0], needs[1]))
             dX = None if base is None else base.add_(dX)
         db = grad.sum([0, *range(2, grad.dim())]) if needs[2] else None
-        dA = None if dA is None else dA.to(A.dtype)
-        dB = None if dB is None else dB.to(B.dtype)
-        return dX, dW, db, dA, dB, None, None, None
+        return dX, dW, db, None if dA is None else dA.to(A.dtype), None if dB is None else dB.to(B.dtype), None, None, None

@@ -18,7 +18,7 @@ from weft.core.factors import Kind
 from weft.core.ops import Operand
 from weft.core.slots import Placed, Slot, State
 
-__all__ = ["ConvSite", "EmbeddingSite", "LinearSite", "adapted_linear", "mixin_for", "operand", "row_norms"]
+__all__ = ["ConvSite", "EmbeddingSite", "LinearSite", "adapted_linear", "has_plain_forward", "mixin_for", "operand", "row_norms"]
 
 _Base = nn.Module if TYPE_CHECKING else object
 
@@ -28,29 +28,37 @@ class LinearSite(_Base):
 
     _weft: State
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., d_in) -> (..., d_out)."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., d_in) -> (..., d_out); the argument is called ``input``, or ``x`` in Conv1D."""
         placed = self._weft.sites["weight"]
         slot = placed.active
         if slot is None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc,no-any-return]
+            return super().forward(*args, **kwargs)  # type: ignore[misc,no-any-return]
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
         if placed.group is not None and not torch.compiler.is_compiling():
             return placed.group(placed, x)  # type: ignore[no-any-return]
         if not is_ours(self, placed):
-            base: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+            base: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
             return _beside(self, placed, slot, x, base)
         return adapted_linear(self, placed, x)
 
 
 def is_ours(module: nn.Module, placed: Placed) -> bool:
-    """Whether the layer's own forward is a plain product that ours replaces (a quantised one isn't)."""
-    known: bool | None = module._weft.extra.get("plain")  # type: ignore[union-attr]
+    """Whether the layer's own forward is the plain product that ours replaces (a quantised one isn't)."""
+    state: State = module.__dict__["_weft"]
+    known: bool | None = state.extra.get("plain")
     if known is None:
-        forward = module._weft.original.forward  # type: ignore[union-attr]
-        transposed_conv = module._weft.original.__name__ == "Conv1D" and hasattr(module, "nf")  # type: ignore[union-attr]
-        known = forward is nn.Linear.forward or transposed_conv
-        module._weft.extra["plain"] = known  # type: ignore[union-attr]
+        known = state.extra["plain"] = has_plain_forward(state.original)
     return known
+
+
+def has_plain_forward(layer: type) -> bool:
+    """Whether a class of layers computes what its kind computes, and nothing else."""
+    for plain in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if issubclass(layer, plain):
+            own = getattr(layer, "_conv_forward", None) is getattr(plain, "_conv_forward", None)
+            return own and getattr(layer, "forward", None) is plain.forward
+    return layer.__name__ == "Conv1D"
 
 
 def operand(module: nn.Module, placed: Placed, with_bias: bool = True) -> Operand:
@@ -130,22 +138,25 @@ class ConvSite(_Base):
 
     _weft: State
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(N, C, *size) or (C, *size) -> the layer's own output shape."""
         placed = self._weft.sites["weight"]
         slot = placed.active
         if slot is None:
-            return super().forward(x)  # type: ignore[misc,no-any-return]
-        if slot.plain:
-            return convolve(self, slot, x, self.bias)  # type: ignore[arg-type]
+            return super().forward(input)  # type: ignore[misc,no-any-return]
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        ours = is_ours(self, placed)
+        if ours and slot.plain:
+            return convolve(self, slot, input, bias)
         channels = (-1, *(1 for _ in placed.site.kernel))
-        out = convolve(self, slot, x, self.bias if slot.magnitude is None else None)  # type: ignore[arg-type]
+        out = convolve(self, slot, input, bias if slot.magnitude is None else None, alone=not ours)
+        out = out if ours else out + super().forward(input)  # type: ignore[misc]
         if slot.bias is not None:
             out = out + (slot.scale * slot.bias).to(out.dtype).view(channels)  # type: ignore[operator]
         if slot.magnitude is not None:
             weight: Tensor = self.weight  # type: ignore[assignment]
             out = out * magnitude_factor(placed, slot, weight).to(out.dtype).view(channels)
-            out = out if self.bias is None else out + self.bias.view(channels)  # type: ignore[operator]
+            out = out if bias is None else out + bias.view(channels)
         return out
 
 
@@ -154,16 +165,16 @@ class EmbeddingSite(_Base):
 
     _weft: State
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(...) of ids -> (..., width)."""
         placed = self._weft.sites["weight"]
         slot = placed.active
-        base: Tensor = super().forward(ids)  # type: ignore[misc]
+        base: Tensor = super().forward(input)  # type: ignore[misc]
         if slot is None:
             return base
         A, B = slot.pair()
         padding: int | None = self.padding_idx  # type: ignore[assignment]
-        thin = F.embedding(ids, A.t(), padding_idx=padding, scale_grad_by_freq=self.scale_grad_by_freq)  # type: ignore[arg-type]
+        thin = F.embedding(input, A.t(), padding_idx=padding, scale_grad_by_freq=self.scale_grad_by_freq)  # type: ignore[arg-type]
         update = F.linear(thin, B) * slot.scale
         multiplier = getattr(self, "embed_scale", 1.0)
         update = update * (multiplier.to(update.dtype) if isinstance(multiplier, Tensor) else multiplier)

@@ -82,6 +82,8 @@ def spread(model: nn.Module, adapter: Adapter) -> nn.Module:
     For adapters without magnitude and own bias, and convolutions without groups.
     """
     plain = copy.deepcopy(model)
+    if "_weft_bank" in plain.__dict__:
+        plain.__dict__["_weft_bank"].detach()
     spec = LoraSpec(
         targets=tuple(path for path, item in adapter.factors.items() if item.kind != "parameter"),
         target_parameters=tuple(path for path, item in adapter.factors.items() if item.kind == "parameter"),
