@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState, TrainingArguments
 
+from weft.adapter import Adapter
 from weft.core.bank import Bank
 from weft.errors import MissingDependencyError, RecipeError, did_you_mean
 from weft.train import checkpoints
@@ -71,8 +72,12 @@ class Session:
     snapshot: Callable[[Path], object]
     progress: bool | None = None
 
-    def run(self) -> Outcome:
-        """Train from the start, or from the newest checkpoint in the folder, to the end."""
+    def run(self) -> tuple[Adapter | None, Outcome]:
+        """Train from the start, or from the newest checkpoint in the folder, to the end.
+
+        Returns:
+            the adapter, None where a signal stopped the run; and what came of it.
+        """
         log = LogWriter(self.folder.append_log)
         bar = Progress(log, self.progress)
         stop = StopOnSignal()
@@ -82,15 +87,16 @@ class Session:
         with _checkpointing(self.model, self.recipe), _calm():
             trainer = self._trainer(callbacks)
             try:
-                sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-                base = {} if sharded else self._measure_base(trainer)
+                base = {} if trainer.sharded else self._measure_base(trainer)
                 self._train(trainer, stop)
                 best = None if stop.stopped else trainer.restore_best()
                 base = base or self._measure_base(trainer)
+                with trainer.whole():
+                    trained = None if stop.stopped else self.bank.adapter(self.slot)
                 trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             finally:
                 bar.close()
-        return self._outcome(trainer, log, stop, base, best)
+        return trained, self._outcome(trainer, log, stop, base, best)
 
     def _trainer(self, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         processes = self.args.world_size

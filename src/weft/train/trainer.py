@@ -8,6 +8,7 @@ This module does not know files of data, recipes' texts or run folders.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from weft.errors import NotFiniteError, RunError
 from weft.train import checkpoints
 from weft.train.schedule import Schedule
 from weft.train.scoring import Score, keeps_logits, losses, wanted_positions
+from weft.train.sharding import whole_parameters
 
 __all__ = ["AdapterTrainer", "Setup", "parameter_groups"]
 
@@ -84,6 +86,11 @@ class AdapterTrainer(Trainer):
             compute_loss_func=_summed_loss,
             callbacks=[_Epochs(setup.sampler), *callbacks],
         )
+
+    @property
+    def sharded(self) -> bool:
+        """FSDP or DeepSpeed hold the model, and have checkpoints of their own."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     # the step
 
@@ -156,8 +163,7 @@ class AdapterTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Metrics over all rows of all processes: a mean over tokens, not over batches. Predictions are not kept."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        model: Any = self.model_wrapped if sharded else self.model
+        model: Any = self.model_wrapped if self.sharded else self.model
         training = model.training
         model.eval()
         gather = self.accelerator.gather_for_metrics if self.args.world_size > 1 else None
@@ -225,7 +231,10 @@ class AdapterTrainer(Trainer):
         checkpoints.save_state(target / checkpoints.STATE, tensors, self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        checkpoints.load_state(Path(resume_from_checkpoint) / checkpoints.STATE, self._trained)
+        if self.sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            checkpoints.load_state(Path(resume_from_checkpoint) / checkpoints.STATE, self._trained)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; a run folder may have been moved since the checkpoint was written."""
@@ -246,6 +255,10 @@ class AdapterTrainer(Trainer):
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / checkpoints.TRAINER_STATE))
 
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        """The trained parameters in one piece, whatever holds them."""
+        return whole_parameters(self.model_wrapped, self._trained)
+
     def restore_best(self) -> int | None:
         """Put the factors of the best checkpoint back; returns its step, None where there is none.
 
@@ -258,7 +271,10 @@ class AdapterTrainer(Trainer):
         path = checkpoints.path_of(self.folder, best)
         if not path.is_dir():
             raise RunError(f"{path}: the best checkpoint is gone; the last one is {checkpoints.newest(path.parent)}")
-        checkpoints.load_state(path / checkpoints.STATE, self._trained)
+        if self.sharded:
+            super()._load_best_model()
+        else:
+            checkpoints.load_state(path / checkpoints.STATE, self._trained)
         return int(best)
 
 

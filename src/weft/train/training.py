@@ -33,6 +33,7 @@ from weft.train.recipe import Recipe
 from weft.train.run import Folder, Report, Run, describe_environment
 from weft.train.schedule import Facts, Schedule, settle
 from weft.train.session import Outcome, Session, check_names, training_arguments
+from weft.train.sharding import check_whole
 
 __all__ = ["train"]
 
@@ -199,13 +200,14 @@ def _train(call: _Call, job: _Job, texts: Texts, model: nn.Module, tokenizer: An
                 model, bank, SLOT, recipe, schedule, inputs, folder, args,
                 lambda target: bank.adapter(SLOT, provenance).save(target, for_peft=not problem), call.progress,
             )  # fmt: skip
-            outcome = session.run()
-            if outcome.stopped == "signal":
+            trained, outcome = session.run()
+            if trained is None:
                 raise RunStoppedError(
                     f"stopped at step {outcome.steps} of {schedule.steps}, kept in {checkpoints.newest(folder.checkpoints)}; "
                     f"go on: weft train --resume {shlex.quote(str(folder.root))}"
                 )
-            adapter = _result(bank, inputs, provenance, outcome)
+            check_whole(trained, begin)
+            adapter = _result(bank, trained, inputs, provenance, outcome)
             report = _report(bank, inputs, schedule, outcome, adapter, notes)
             if call.main:
                 adapter.save(folder.adapter, overwrite=True, for_peft=not problem)
@@ -246,14 +248,14 @@ def _provenance(inputs: Inputs, recipe: Recipe, schedule: Schedule, versions: Ma
     )
 
 
-def _result(bank: Bank, inputs: Inputs, provenance: Provenance, outcome: Outcome) -> Adapter:
-    """The adapter, with its evaluation and golden prompts."""
+def _result(bank: Bank, trained: Adapter, inputs: Inputs, provenance: Provenance, outcome: Outcome) -> Adapter:
+    """The adapter, with its provenance, evaluation and golden prompts."""
+    trained.check_finite()
     bank.use(SLOT)
     evaluation = {f"eval_{name}": value for name, value in outcome.adapter.items()}
     evaluation |= {f"base_{name}": value for name, value in outcome.base.items()}
-    adapter = bank.adapter(SLOT, dataclasses.replace(provenance, evaluation=evaluation))
-    adapter.check_finite()
-    return adapter.replace(proof=make_proof(bank.model, inputs.evaluated or inputs.train))
+    came = dataclasses.replace(provenance, evaluation=evaluation, base=trained.provenance.base)
+    return trained.replace(provenance=came, proof=make_proof(bank.model, inputs.evaluated or inputs.train))
 
 
 def _report(

@@ -310,7 +310,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path: Path, base_dir
         "run = weft.train(base=base, data=data, eval_data=valid, recipe=weft.Recipe.load(recipe), out=out, progress=False)\n"
         "torch.distributed.destroy_process_group()\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", str(script),
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
                *map(str, (base_dir, *task, tmp_path / "recipe.yaml", tmp_path / "two"))]  # fmt: skip
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
