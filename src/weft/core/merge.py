@@ -119,7 +119,7 @@ def merge(
         loading.check_base(adapter, here)
     found = loading.locate(merged, adapter)
     if dtype is not None:
-        merged = merged.to(dtype)
+        _cast(merged, dtype)
     shared = _shared_parameters(merged)
     untied: list[str] = []
     rows = []
@@ -182,6 +182,17 @@ def _copy(model: nn.Module) -> nn.Module:
     if bank is not None:
         merged.__dict__["_weft_bank"].detach()
     return merged
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """All that a file holds, as loading it in this dtype does; what a model computes itself (rotary frequencies) keeps its precision."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)  # tied ones stay one object
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = buffer.to(dtype)
 
 
 def _original(model: nn.Module, name: str) -> Tensor:

@@ -21,7 +21,7 @@ from weft.models.load import load_base, quiet
 __all__ = ["check_free", "probe", "save_base"]
 
 _TOKENS = 8
-_SLACK = 64.0
+_SLACK = 8.0
 """Logits of one model, loaded twice, may differ by this many units of the dtype's precision: kernels may sum in another order."""
 
 
