@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weft.errors import RunError, did_you_mean
+from weft.errors import RunError, did_you_mean, some_names
 from weft.train.curve import loss_curve
 
 if TYPE_CHECKING:
@@ -182,19 +182,18 @@ class Folder:
         Raises:
             RunError: it holds a run or other files; or it can't be written.
         """
-        there = [child.name for child in self.root.iterdir()] if self.root.is_dir() else []
         if self.root.exists() and not self.root.is_dir():
             raise RunError(f"{self.root}: this is a file; a run needs a folder of its own")
-        if there and not overwrite:
-            way = (
-                "resume it, overwrite it (overwrite=True, --overwrite)"
-                if self.recipe.is_file()
-                else "take an empty folder"
-            )
-            raise RunError(f"{self.root}: this folder is not empty ({len(there)} entries); {way}, or give another name")
-        if there and not self.recipe.is_file():
+        there = [child.name for child in self.root.iterdir()] if self.root.is_dir() else []
+        foreign = [name for name in there if name not in _OWN]
+        if foreign and not self.recipe.is_file():
             raise RunError(
-                f"{self.root}: there is no run in this folder to overwrite, and other files are left alone; give another name"
+                f"{self.root}: this folder is not empty and holds no run ({some_names(foreign)}); files of others are left alone: give another name"
+            )
+        if self.recipe.is_file() and not overwrite:
+            raise RunError(
+                f"{self.root}: there is a run in this folder; resume it (resume=True, --resume), replace it (overwrite=True, "
+                "--overwrite), or give another name"
             )
         above = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):

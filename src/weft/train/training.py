@@ -22,6 +22,7 @@ from torch import nn
 from weft.adapter import Adapter, Provenance
 from weft.core.bank import Bank
 from weft.errors import RecipeError, RunError, RunStoppedError, UnsupportedError
+from weft.identity import Fingerprint
 from weft.models.attach import attach
 from weft.spec import LoraSpec
 from weft.train import checkpoints
@@ -307,9 +308,11 @@ def _check_same(folder: Folder, known: Mapping[str, Any]) -> None:
         RunError: says what differs.
     """
     before = folder.read_environment()
-    if before.get("fingerprint") != known["fingerprint"]:
+    here, there = (Fingerprint.from_dict(part["fingerprint"]) for part in (known, before))
+    if here.differences(there):
         raise RunError(
-            f"{folder.root}: this run was started on another base ({before.get('fingerprint', {}).get('name')}); give the same, or start a new run"
+            f"{folder.root}: this run was started on another base ({there.name}): {'; '.join(here.differences(there))}; give the same, or "
+            "start a new run"
         )
     if before.get("processes") != known["processes"]:
         raise RunError(

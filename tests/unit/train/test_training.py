@@ -175,7 +175,7 @@ def test_what_is_wrong_is_found_before_anything_is_written(
 def test_an_existing_folder_is_refused(tmp_path: Path, base_dir: Path, task: tuple[Path, Path]) -> None:
     given: dict[str, Any] = {"base": base_dir, "data": task[0], "recipe": QUICK.replace(eval_every=None, max_steps=2), "progress": False}
     weft.train(**given, out=tmp_path / "run")
-    with pytest.raises(RunError, match="not empty"):
+    with pytest.raises(RunError, match="there is a run in this folder"):
         weft.train(**given, out=tmp_path / "run")
     digest = weft.load(tmp_path / "run").digest
     run = weft.train(**(given | {"recipe": given["recipe"].replace(seed=5)}), out=tmp_path / "run", overwrite=True)
