@@ -19,8 +19,7 @@ from weft.models.save import probe, save_base
 TEXT_AND_IMAGES = ("llama", "gpt2", "bert", "t5", "vit", "mixtral")
 
 
-@pytest.mark.parametrize("name", TEXT_AND_IMAGES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in TEXT_AND_IMAGES), ("llama", "bfloat16")])
 def test_what_is_written_is_what_is_read(tmp_path: Path, name: str, dtype: str) -> None:
     model, _ = load_base(save_base(ARCHITECTURES[name](), None, tmp_path / "base"), task="auto", dtype=dtype)
     assert save_base(model, None, tmp_path / "m", files={"note.txt": "hello"}) == tmp_path / "m"
