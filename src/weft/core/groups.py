@@ -7,11 +7,13 @@ attention), its group is dissolved at once and each site goes its own way. Resul
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from weft.core import ops
 from weft.core.gated_mlp import gated_mlp
@@ -33,6 +35,10 @@ SIBLINGS: tuple[tuple[str, ...], ...] = (
 """Names of children that usually get the same tensor; a wrong guess costs one product once, see `Group`."""
 
 
+PATIENCE = 8
+"""Rounds in a row that may be left unfinished (an exception, a member called alone) before a group is dissolved."""
+
+
 @dataclass(slots=True)
 class _Waiting:
     """Results of one call that siblings will ask for."""
@@ -42,40 +48,58 @@ class _Waiting:
     outputs: dict[int, Tensor]
 
 
+class _Round(threading.local):
+    """What waits in this thread; a copy of a model starts without."""
+
+    waiting: _Waiting | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Round:
+        return _Round()
+
+
 class Group:
     """Linear sites below one parent that share their input."""
 
     def __init__(self, members: list[tuple[nn.Module, Placed]]) -> None:
         self.members = members
-        self.waiting: _Waiting | None = None
+        self.round = _Round()
+        self.unfinished = 0
 
     def __call__(self, placed: Placed, x: Tensor) -> Tensor:
         """The output of one member: (..., d_in) -> (..., d_out)."""
-        waiting, key = self.waiting, self._key(x)
-        if waiting is not None and waiting.x is x and waiting.key == key and id(placed) in waiting.outputs:
-            found = waiting.outputs.pop(id(placed))
-            if not waiting.outputs and self.waiting is waiting:
-                self.waiting = None
-            return found
-        if waiting is not None and waiting.x is not x and waiting.outputs:
-            self.dissolve()
-            return self._alone(placed, x)
-        if not all(
-            other.active is not None and other.active.plain and not _is_watched(module)
-            for module, other in self.members
-        ):
+        waiting, key = self.round.waiting, self._key(x)
+        if waiting is not None:
+            same = waiting.x is x and waiting.key == key
+            found = waiting.outputs.pop(id(placed), None)
+            if found is not None and same and not getattr(found.grad_fn, "spent", False):
+                self._finish(waiting)
+                return found
+            self.forget()
+            self.unfinished += 1
+            if (found is not None and waiting.x is not x) or self.unfinished > PATIENCE:
+                self.dissolve()
+        if x.is_inference() or placed.group is not self or not all(_joins(*member) for member in self.members):
             return self._alone(placed, x)
         results = ops.linears(x, [operand(module, other) for module, other in self.members])
         outputs = {id(other): result for (_, other), result in zip(self.members, results, strict=True)}
-        found = outputs.pop(id(placed))
-        self.waiting = _Waiting(x, key, outputs)
-        return found
+        result = outputs.pop(id(placed))
+        self.round.waiting = _Waiting(x, key, outputs)
+        return result
+
+    def forget(self) -> None:
+        """Nothing waits any more in this thread."""
+        self.round.waiting = None
 
     def dissolve(self) -> None:
         """Each member on its own from now on."""
-        self.waiting = None
+        self.forget()
         for _, placed in self.members:
             placed.group = None
+
+    def _finish(self, waiting: _Waiting) -> None:
+        if not waiting.outputs:
+            self.forget()
+            self.unfinished = 0
 
     def _alone(self, placed: Placed, x: Tensor) -> Tensor:
         module = next(module for module, other in self.members if other is placed)
@@ -83,14 +107,18 @@ class Group:
 
     def _key(self, x: Tensor) -> tuple[Any, ...]:
         """What must be the same for a waiting result to be the result."""
-        versions = 0 if x.is_inference() else x._version
-        slots: list[Any] = [torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), versions]
+        version = 0 if x.is_inference() else x._version
+        slots: list[Any] = [torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), version]
         for module, placed in self.members:
             slot = placed.active
             slots += [id(slot), module.training]
             if slot is not None and not slot.lora_A.is_inference():  # type: ignore[union-attr,operator]
                 slots += [slot.lora_A._version, slot.lora_B._version]  # type: ignore[union-attr]
         return tuple(slots)
+
+
+def _joins(module: nn.Module, placed: Placed) -> bool:
+    return placed.active is not None and placed.active.plain and not is_watched(module)
 
 
 class GatedMLPSite(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -101,7 +129,9 @@ class GatedMLPSite(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
         children: tuple[nn.Module, ...] = (self.gate_proj, self.up_proj, self.down_proj)  # type: ignore[assignment]
-        if torch.compiler.is_compiling() or not all(_fits(child) for child in children):
+        act = self.act_fn
+        known = act is self._weft.extra.get("act_fn") and not (isinstance(act, nn.Module) and is_watched(act))
+        if torch.compiler.is_compiling() or _has_any_global_hook() or not (known and all(map(_fits, children))):
             return super().forward(x)  # type: ignore[misc,no-any-return]
         placed = [child._weft.sites["weight"] if "_weft" in child.__dict__ else None for child in children]
         if not torch.is_grad_enabled() or all(item is None or item.active is None for item in placed):
@@ -118,16 +148,16 @@ def _operand(child: nn.Module, placed: Placed | None) -> ops.Operand:
 
 def _fits(child: nn.Module) -> bool:
     """A plain product whose hooks nobody would miss."""
-    if _is_watched(child):
+    if is_watched(child):
         return False
     state: State | None = child.__dict__.get("_weft")
     if state is None:
         return type(child) is nn.Linear
-    placed = state.sites.get("weight")
+    placed = state.sites.get("weight") if state.active_whole is None else None
     return placed is not None and is_ours(child, placed) and (placed.active is None or placed.active.plain)
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Hooks on the module, or a forward on the object: both need the real call."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
                 or module._backward_pre_hooks or "forward" in module.__dict__)  # fmt: skip
@@ -147,6 +177,8 @@ _SIGNATURES = {(form.__code__.co_code, form.__code__.co_names) for form in (_ass
 
 def is_gated_mlp(module: nn.Module) -> bool:
     """Whether the block's forward is, instruction for instruction, the SwiGLU that `gated_mlp` computes."""
+    if "forward" in module.__dict__:
+        return False
     state: State | None = module.__dict__.get("_weft")
     code = getattr((type(module) if state is None else state.original).forward, "__code__", None)
     if code is None or (code.co_code, code.co_names) not in _SIGNATURES:
@@ -180,6 +212,6 @@ def form_groups(model: nn.Module, parents: dict[str, dict[str, tuple[nn.Module, 
         if "gate_proj" in children or "up_proj" in children or "down_proj" in children:
             block = model.get_submodule(path)
             if is_gated_mlp(block):
-                place(block, GatedMLPSite)
+                place(block, GatedMLPSite).extra["act_fn"] = block.act_fn
                 blocks.append(block)
     return blocks

@@ -324,6 +324,7 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.spent = True  # results that nobody asked for yet can't be used any more
         x, thin, *rest = ctx.saved_tensors
         count = len(ctx.meta)
         tensors, drawn = rest[: 4 * count], rest[4 * count :]
