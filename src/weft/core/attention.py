@@ -41,7 +41,7 @@ class AttentionSite(_Base):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(L, N, E) or (N, L, E) with ``batch_first``, or (L, E) -> the same, and weights (N, L, S) or None."""
-        if not _is_adapted(self):
+        if not _is_adapted(self) or not _is_clear(query, attn_mask, key_padding_mask, is_causal):
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
                                    is_causal)  # fmt: skip
         batched = query.dim() == 3
@@ -77,6 +77,12 @@ def _is_adapted(module: AttentionSite) -> bool:
     return any(
         value is not None for state in (module._weft, out) if state is not None for value in state.values.values()
     )
+
+
+def _is_clear(query: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> bool:
+    """What PyTorch's own forward refuses, it is given, so that the refusal is PyTorch's."""
+    known = all(item is None or item.dtype == torch.bool or item.is_floating_point() for item in (mask, padding))
+    return known and query.dim() in (2, 3) and not (is_causal and mask is None)
 
 
 def _to_NLE(module: AttentionSite, x: Tensor) -> Tensor:

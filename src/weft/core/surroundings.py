@@ -23,8 +23,8 @@ class Surroundings:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._flags: list[tuple[nn.Parameter, bool]] = []
-        self._guarded: list[tuple[nn.TransformerEncoderLayer, Any]] = []
-        self._handle: RemovableHandle | None = None
+        self._guarded: list[tuple[nn.Module, str, Any]] = []
+        self._handles: list[RemovableHandle] = []
 
     def freeze(self) -> None:
         """Freeze the base, once; later calls find it frozen."""
@@ -34,31 +34,32 @@ class Surroundings:
         for parameter, flag in self._flags:
             if flag:
                 parameter.requires_grad_(False)
-        getter = getattr(self.model, "get_input_embeddings", None)
-        embeddings = _quietly(getter) if callable(getter) else None
-        if isinstance(embeddings, nn.Module):
-            self._handle = embeddings.register_forward_hook(self._start_gradient)
+        embeddings = {id(found): found for found in map(_embeddings, self.model.modules()) if found is not None}
+        self._handles = [module.register_forward_hook(self._start_gradient) for module in embeddings.values()]
 
     def guard(self, owners: Iterable[str]) -> None:
-        """Close the fast path of encoder layers that hold one of these sites."""
+        """Close the fast path of encoders and encoder layers that hold one of these sites."""
         paths = list(owners)
-        guarded = {id(layer) for layer, _ in self._guarded}
+        guarded = {id(module) for module, _, _ in self._guarded}
         for path, module in self.model.named_modules():
-            if isinstance(module, nn.TransformerEncoderLayer) and id(module) not in guarded:
-                inside = f"{path}." if path else ""
-                if any(owner.startswith(inside) for owner in paths):
-                    self._guarded.append((module, module.activation_relu_or_gelu))
-                    module.activation_relu_or_gelu = 0
+            inside = f"{path}." if path else ""
+            for kind, flag in (
+                (nn.TransformerEncoderLayer, "activation_relu_or_gelu"),
+                (nn.TransformerEncoder, "use_nested_tensor"),
+            ):
+                if isinstance(module, kind) and id(module) not in guarded and any(o.startswith(inside) for o in paths):
+                    self._guarded.append((module, flag, getattr(module, flag)))
+                    setattr(module, flag, 0)
 
     def restore(self) -> None:
         """Give everything back."""
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
-        for layer, value in self._guarded:
-            layer.activation_relu_or_gelu = value
-        if self._handle is not None:
-            self._handle.remove()
-        self._flags, self._guarded, self._handle = [], [], None
+        for parameter, required in self._flags:
+            parameter.requires_grad_(required)
+        for module, flag, value in self._guarded:
+            setattr(module, flag, value)
+        for handle in self._handles:
+            handle.remove()
+        self._flags, self._guarded, self._handles = [], [], []
 
     def _start_gradient(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled() and isinstance(output, Tensor) and not output.requires_grad and self._reentrant():
@@ -75,8 +76,13 @@ class Surroundings:
         return False
 
 
-def _quietly(getter: Any) -> Any:
+def _embeddings(module: nn.Module) -> nn.Module | None:
+    """What a model, or a model inside of it, says its input embeddings are."""
+    getter = getattr(type(module), "get_input_embeddings", None)
+    if getter is None:
+        return None
     try:
-        return getter()
+        found = getter(module)
     except (NotImplementedError, AttributeError):
         return None
+    return found if isinstance(found, nn.Module) else None
