@@ -177,6 +177,14 @@ def _batched(x: Tensor, weight: LazyWeight) -> Any:
     return torch.baddbmm(torch.bmm(x, W), thin, left.to(x.dtype))
 
 
+def _bmm(left: Any, right: Any, **kwargs: Any) -> Any:
+    """x @ weight, or weight @ x where x has few columns (one token of each expert)."""
+    if isinstance(left, LazyWeight) and isinstance(right, Tensor) and right.dim() == 3 and not kwargs:
+        turned = _batched(right.mT, left.mT)
+        return turned if turned is NotImplemented else turned.mT
+    return NotImplemented if kwargs else _matmul(left, right)
+
+
 def _grouped_mm(x: Any, weight: Any, *, offs: Tensor | None = None, bias: Tensor | None = None, **kwargs: Any) -> Any:
     if not isinstance(weight, LazyWeight) or isinstance(x, LazyWeight) or weight.ndim != 3 or offs is None:
         return NotImplemented
@@ -194,7 +202,8 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
     torch.mm: _matmul,
-    torch.bmm: _matmul,
+    torch.bmm: _bmm,
+    Tensor.bmm: _bmm,
     F.grouped_mm: _grouped_mm,
 }
 if hasattr(torch, "_grouped_mm"):
