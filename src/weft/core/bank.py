@@ -67,9 +67,13 @@ def attach(
         BankError: the model has a bank already.
         TargetError: a part of a spec matches nothing. Whatever is raised, the model is left as it was.
     """
-    if "_weft_bank" in model.__dict__:
+    taken = next(
+        (path for path, module in model.named_modules() if module.__dict__.keys() & {"_weft", "_weft_bank"}), None
+    )
+    if taken is not None:
+        where = f"the module {taken!r} of this model belongs to" if taken else "this model has"
         raise BankError(
-            "this model has a bank already: add another adapter with bank.add(name, spec), or bank.detach() first"
+            f"{where} a bank already: add another adapter with bank.add(name, spec), or call bank.detach() first"
         )
     bank = Bank(model)
     named = {"default": specs} if isinstance(specs, LoraSpec) else dict(specs)
@@ -195,15 +199,15 @@ class Bank:
         del self._entries[name]
         key = slot_key(name)
         for path in entry.sites:
-            placed = self._placed[path]
-            del placed.slots[name]
-            let_go(placed.site.module, _child(key, placed.site.weight_name))
+            placed = self._placed.get(path)
+            if placed is not None and placed.slots.pop(name, None) is not None:
+                let_go(placed.site.module, _child(key, placed.site.weight_name))
         for path in entry.biases:
             let_go(self._owners[path.rpartition(".")[0]], f"{key}:biases")
         for path in entry.whole:
-            owner = self._owners[path]
-            del _state(owner).whole[name]
-            let_go(owner, key)
+            owner = self._owners.get(path)
+            if owner is not None and _state(owner).whole.pop(name, None) is not None:
+                let_go(owner, key)
 
     def use(self, name: str | None) -> None:
         """Choose the adapter of the next forwards; None: the base."""
@@ -211,7 +215,7 @@ class Bank:
         for placed in self._placed.values():
             placed.active = placed.slots.get(name) if name is not None else None
             if placed.group is not None:
-                placed.group.waiting = None
+                placed.group.forget()
             if placed.site.kind == "parameter":
                 slot = placed.active
                 reader = None if slot is None else functools.partial(lazy_weight, placed, slot)
@@ -330,12 +334,14 @@ class Bank:
     def _place_site(self, site: Site, slot: Slot, name: str) -> None:
         module = site.module
         if site.path not in self._placed:
-            state = place(module, mixin_for(site.kind), (site.weight_name,) if site.kind == "parameter" else ())
+            state = place(
+                module, mixin_for(site.kind), (site.weight_name,) if site.kind == "parameter" else (), site.path
+            )
             self._owners.setdefault(site.owner, module)
             if site.kind == "attention" or site.host is not None:
                 host_path = site.owner if site.host is None else site.host
                 host = self.model.get_submodule(host_path)
-                place(host, AttentionSite)
+                place(host, AttentionSite, path=host_path)
                 self._owners.setdefault(host_path, host)
             self._placed[site.path] = state.sites[site.weight_name] = Placed(site)
         hold(module, _child(slot_key(name), site.weight_name), slot)
@@ -371,9 +377,9 @@ class Bank:
             entry.whole[path] = clone
         tie_copies(pairs)
         for path, (module, clone) in zip(paths, pairs, strict=True):
-            place(module, WholeSite).whole[name] = clone
-            hold(module, slot_key(name), clone)
+            place(module, WholeSite, path=path).whole[name] = clone
             self._owners.setdefault(path, module)
+            hold(module, slot_key(name), clone)
 
     def _regroup(self) -> None:
         parents: dict[str, dict[str, tuple[nn.Module, Placed]]] = {}

@@ -107,25 +107,26 @@ class State:
 
 def slot_key(name: str) -> str:
     """An adapter's name as the module tree allows it."""
-    return name.replace("%", "%25").replace(".", "%2E")
+    return name.replace("%", "%25").replace(".", "%2E").replace(":", "%3A")
 
 
-def place(module: nn.Module, mixin: type | None = None, properties: tuple[str, ...] = ()) -> State:
+def place(module: nn.Module, mixin: type | None = None, properties: tuple[str, ...] = (), path: str = "") -> State:
     """Give a module weft's state; idempotent, and additive in mixins and properties.
 
     Args:
         module: any module.
         mixin: adds a forward, or None.
         properties: names of parameters that the state may override.
+        path: of the module, for messages.
 
     Raises:
         BankError: the module's forward was replaced on the object itself by something that would hide ours.
     """
     state = module.__dict__.get("_weft")
+    if state is None or mixin not in state.mixins:
+        _check_forward(module, mixin, path)
     if state is None:
-        state = State(type(module))
-        _check_forward(module, mixin)
-        module.__dict__["_weft"] = state
+        state = module.__dict__["_weft"] = State(type(module))
     if mixin is not None and mixin not in state.mixins:
         state.mixins = (mixin, *state.mixins)
     for name in properties:
@@ -138,9 +139,8 @@ def hold(module: nn.Module, key: str, child: nn.Module) -> None:
     """Put a slot (or a copy that is trained whole) into the module tree, at ``<module>.weft.<key>``."""
     holder = module._modules.get("weft")
     if holder is None:
-        holder = nn.Module()
-        module.add_module("weft", holder)
-    holder.add_module(key, child)
+        holder = module._modules["weft"] = nn.Module()
+    holder._modules[key] = child  # add_module would refuse names like "train", which are methods
 
 
 def let_go(module: nn.Module, key: str) -> None:
@@ -164,7 +164,12 @@ def restore(module: nn.Module) -> None:
 @functools.cache
 def _subclass(original: type, mixins: tuple[type, ...], properties: tuple[str, ...]) -> type:
     body: dict[str, Any] = {name: _override(name) for name in properties}
-    body |= {"_weft_site": True, "__module__": original.__module__, "__doc__": original.__doc__}
+    body |= {
+        "_weft_site": True,
+        "_weft_original": original,
+        "__module__": original.__module__,
+        "__doc__": original.__doc__,
+    }
     return type(original.__name__, (*mixins, original), body)
 
 
@@ -176,16 +181,16 @@ def _override(name: str) -> property:
         base = self._parameters[name]
         if value is None:
             return base
-        return value if isinstance(value, Tensor) else value(base)
+        return value.to(base.dtype) if isinstance(value, Tensor) else value(base)
 
     return property(get)
 
 
-def _check_forward(module: nn.Module, mixin: type | None) -> None:
+def _check_forward(module: nn.Module, mixin: type | None, path: str) -> None:
     """A ``forward`` on the object hides a class's, and an adapter there would silently do nothing."""
     if mixin is not None and "forward" in module.__dict__:
         raise BankError(
-            f"{type(module).__name__}.forward was replaced on the object itself (by a monkey patch, or by accelerate's offloading "
+            f"{path!r}: the forward of this {type(module).__name__} was replaced on the object itself (by a monkey patch, or by accelerate's offloading "
             "hooks), so an adapter at this site would do nothing; attach first and dispatch after, or leave the site out "
             "with exclude=[…]"
         )

@@ -26,17 +26,17 @@ class WholeSite(_Base):
 
 
 def copy_whole(module: nn.Module) -> nn.Module:
-    """A copy of the base's module as it was before anything was attached, to be trained."""
-    state: State | None = module.__dict__.get("_weft")
-    holder = module._modules.get("weft")
-    skipped: dict[int, Any] = {} if state is None else {id(state): None}
-    if holder is not None:
-        skipped[id(holder)] = None
+    """A copy of the base's module as it was before anything was attached, at it or inside of it; to be trained."""
+    skipped: dict[int, Any] = {}
+    for inner in module.modules():
+        if "_weft" in inner.__dict__:
+            skipped[id(inner.__dict__["_weft"])] = skipped[id(inner._modules.get("weft"))] = None
     clone = copy.deepcopy(module, skipped)
-    if state is not None:
-        clone.__class__ = state.original
-        clone.__dict__.pop("_weft", None)
-        clone._modules.pop("weft", None)
+    for inner in list(clone.modules()):
+        if "_weft" in inner.__dict__:
+            del inner.__dict__["_weft"]
+            inner._modules.pop("weft", None)
+            inner.__class__ = type(inner)._weft_original  # type: ignore[attr-defined]
     return clone
 
 
