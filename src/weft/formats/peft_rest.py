@@ -54,12 +54,15 @@ def read_rest(config: PeftConfig, keys: SortedKeys, tensors: Mapping[str, Tensor
     modules: dict[str, dict[str, str]] = {}
     biases: dict[str, str] = {}
     unlisted: list[str] = []
+    by_letters: set[str] = set()
     hit: set[str] = set()
     for path, key in keys.whole.items():
         owner, _, leaf = path.rpartition(".")
         home = _listed_home(owner, listed, hit)
         if home is not None:
             modules.setdefault(home, {})[path[len(home) + 1 :]] = key
+            if not any(home == name or home.endswith(f".{name}") for name in listed):
+                by_letters.add(home)
         elif _is_bias(config, path, owner, owners, keys):
             biases[path] = key
         elif not owner or not leaf:
@@ -67,6 +70,8 @@ def read_rest(config: PeftConfig, keys: SortedKeys, tensors: Mapping[str, Tensor
         else:
             modules.setdefault(owner, {})[leaf] = key
             unlisted.append(owner)
+    if by_letters:
+        notes.append(f"the file holds {some_names(sorted(by_letters))}, which modules_to_save names by its last letters only; loaded with the others")
     if unlisted:
         notes.append(_unlisted(sorted(set(unlisted))))
     if biases and config.get("bias", "none") == "none":
