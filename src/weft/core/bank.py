@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from weft.adapter import Adapter, Provenance
 from weft.core import loading
 from weft.core.attention import AttentionSite
-from weft.core.filling import check_features, loaded_slot, snapshot, start_slot, to_cpu
+from weft.core.filling import loaded_slot, snapshot, start_slot, to_cpu
 from weft.core.groups import form_groups
 from weft.core.inits import initialise
 from weft.core.layers import mixin_for
@@ -25,6 +25,7 @@ from weft.core.parameters import lazy_weight
 from weft.core.sites import Site, SiteMap, find_sites
 from weft.core.slots import Placed, Slot, State, hold, let_go, place, restore, slot_key
 from weft.core.surroundings import Surroundings
+from weft.core.tree import Node, by_path, walk
 from weft.core.whole import WholeSite, copy_whole, tie_copies
 from weft.errors import BankError, did_you_mean, some_names
 from weft.identity import Fingerprint, fingerprint
@@ -146,7 +147,8 @@ class Bank:
         """
         self._check_new(name)
         found = find_sites(self.model, spec)
-        check_features(spec, found.sites)
+        for site in found.sites:
+            loading.check_features(site, dora=spec.dora, dropout=spec.dropout > 0, lora_bias=spec.lora_bias)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         current, self_state = self.current, self.use
         self_state(None)
@@ -183,11 +185,14 @@ class Bank:
         adapter.check_finite()
         if not allow_other_base:
             loading.check_base(adapter, self._fingerprint(tuple(adapter.modules)))
-        found = loading.locate(self.model, adapter)
+        found = loading.locate(self._nodes, adapter)
         if not allow_partial:
-            loading.check_complete(adapter, self._expected_sites(adapter.spec))
+            loading.check_complete(found, self._expected_sites(adapter.spec))
         dtype = loading.factor_dtype(self.model)
-        slots = {site.path: loaded_slot(site, adapter, trainable, dtype) for site in found.sites}
+        slots = {}
+        for path, site in zip(adapter.factors, found.sites, strict=True):
+            loading.check_features(site, dropout=trainable and adapter.spec.dropout > 0)
+            slots[site.path] = loaded_slot(site, adapter.factors[path], adapter.spec.dropout, trainable, dtype)
         entry = _Entry(adapter.spec, slots, notes=found.notes, provenance=adapter.provenance)
         self._install(name, entry, found, adapter, trainable)
 
@@ -298,6 +303,10 @@ class Bank:
             )
         if self.model.__dict__.get("_weft_bank") is not self:
             raise BankError("this bank was detached: attach a new one")
+
+    @functools.cached_property
+    def _nodes(self) -> dict[str, Node]:
+        return by_path(walk(self.model))
 
     def _expected_sites(self, spec: LoraSpec) -> frozenset[str]:
         if spec not in self._expected:

@@ -139,4 +139,13 @@ class _Conv(torch.autograd.Function):
             base, dW = where.grads(grad, x, W, where.groups, (needs[0], needs[1]))
             dX = None if base is None else base.add_(dX)
         db = grad.sum([0, *range(2, grad.dim())]) if needs[2] else None
-        return dX, dW, db, None if dA is None else dA.to(A.dtype), None if dB is None else dB.to(B.dtype), None, None, None
+        return (
+            dX,
+            dW,
+            db,
+            None if dA is None else dA.to(A.dtype),
+            None if dB is None else dB.to(B.dtype),
+            None,
+            None,
+            None,
+        )

@@ -8,17 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weft.adapter import Adapter
-from weft.core import loading
 from weft.core.factors import Factors, compact_groups, spread_groups
 from weft.core.layers import row_norms
 from weft.core.sites import Site
 from weft.core.slots import Slot
 from weft.core.starts import Start
-from weft.errors import SpecError
 from weft.spec import LoraSpec
 
-__all__ = ["check_features", "loaded_slot", "snapshot", "start_slot", "to_cpu"]
+__all__ = ["loaded_slot", "snapshot", "start_slot", "to_cpu"]
 
 
 def to_cpu(tensor: Tensor) -> Tensor:
@@ -38,16 +35,9 @@ def start_slot(site: Site, spec: LoraSpec, start: Start) -> Slot:
     return Slot(A, B, scale, magnitude=magnitude, bias=bias, dropout=spec.dropout, start=pair)
 
 
-def loaded_slot(site: Site, adapter: Adapter, trainable: bool, dtype: torch.dtype) -> Slot:
-    """A slot with a copy of an adapter's tensors, on the device of the site's weight.
-
-    Raises:
-        ShapeError: they don't fit the site.
-    """
-    factors = adapter.factors[site.path]
-    loading.check_shape(site, factors)
-    device = site.module._parameters[site.weight_name].device  # type: ignore[union-attr]
-    moved = factors.map(lambda tensor: tensor.detach().to(device, dtype, copy=True))
+def loaded_slot(site: Site, factors: Factors, dropout: float, trainable: bool, dtype: torch.dtype) -> Slot:
+    """A slot with a copy of an adapter's tensors, on the device of the site's weight."""
+    moved = factors.map(lambda tensor: tensor.detach().to(site.weight.device, dtype, copy=True))
     A, B = _native(site, moved.A, moved.B)
     return Slot(
         A,
@@ -55,14 +45,14 @@ def loaded_slot(site: Site, adapter: Adapter, trainable: bool, dtype: torch.dtyp
         factors.scale,
         magnitude=moved.magnitude,
         bias=moved.bias,
-        dropout=adapter.spec.dropout,
+        dropout=dropout,
         trainable=trainable,
     )
 
 
 def _native(site: Site, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     if site.kind != "conv":
-        return A, B
+        return (A[None], B[None]) if site.experts and A.dim() == 2 else (A, B)
     return A.reshape(A.shape[0], -1, *site.kernel), compact_groups(B, site.groups)
 
 
@@ -86,20 +76,3 @@ def _norms(site: Site) -> Tensor:
     weight = weight.t() if site.transposed else weight
     zero = weight.new_zeros(1, 1)
     return row_norms(weight, zero.expand(1, weight.flatten(1).shape[1]), zero.expand(weight.shape[0], 1), 1.0)
-
-
-def check_features(spec: LoraSpec, sites: tuple[Site, ...]) -> None:
-    """Combinations that a kind of layer can't have, refused by name rather than ignored."""
-    for site in sites:
-        bare = site.kind in ("attention", "parameter")
-        refused = (
-            (spec.dora and (bare or site.groups > 1), "dora", "a bare parameter, an attention's in_proj or a grouped convolution"),
-            (spec.dropout > 0 and site.kind == "parameter", "dropout", "a bare parameter, whose input nobody knows"),
-            (spec.lora_bias and site.kind in ("parameter", "embedding"), "lora_bias", "a bare parameter or an embedding"),
-        )  # fmt: skip
-        for broken, feature, what in refused:
-            if broken:
-                raise SpecError(
-                    f"LoraSpec.{feature} is not defined for {what}: {site.path!r}. Leave it out with exclude=[…], or give it an "
-                    "adapter of its own"
-                )

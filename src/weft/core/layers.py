@@ -17,8 +17,17 @@ from weft.core.convs import convolve
 from weft.core.factors import Kind
 from weft.core.ops import Operand
 from weft.core.slots import Placed, Slot, State
+from weft.core.tree import has_plain_forward
 
-__all__ = ["ConvSite", "EmbeddingSite", "LinearSite", "adapted_linear", "has_plain_forward", "mixin_for", "operand", "row_norms"]
+__all__ = [
+    "ConvSite",
+    "EmbeddingSite",
+    "LinearSite",
+    "adapted_linear",
+    "mixin_for",
+    "operand",
+    "row_norms",
+]
 
 _Base = nn.Module if TYPE_CHECKING else object
 
@@ -50,15 +59,6 @@ def is_ours(module: nn.Module, placed: Placed) -> bool:
     if known is None:
         known = state.extra["plain"] = has_plain_forward(state.original)
     return known
-
-
-def has_plain_forward(layer: type) -> bool:
-    """Whether a class of layers computes what its kind computes, and nothing else."""
-    for plain in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        if issubclass(layer, plain):
-            own = getattr(layer, "_conv_forward", None) is getattr(plain, "_conv_forward", None)
-            return own and getattr(layer, "forward", None) is plain.forward
-    return layer.__name__ == "Conv1D"
 
 
 def operand(module: nn.Module, placed: Placed, with_bias: bool = True) -> Operand:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from weft.adapter import Adapter, Provenance
 from weft.core.factors import Factors
-from weft.core.sites import Site, SiteMap, find_sites
+from weft.core.sites import Site, SiteMap, find_sites, site_at, tie_notes
+from weft.core.tree import Node, has_plain_forward
 from weft.errors import BaseMismatchError, KeysError, ShapeError, SpecError, TargetError, did_you_mean, some_names
 from weft.identity import Fingerprint
 from weft.spec import LoraSpec
@@ -78,40 +79,50 @@ def check_base(adapter: Adapter, here: Fingerprint) -> None:
         )
 
 
-def locate(model: nn.Module, adapter: Adapter) -> SiteMap:
-    """The sites, biases and modules of the model that an adapter's paths name.
+def locate(nodes: Mapping[str, Node], adapter: Adapter) -> SiteMap:
+    """The sites, biases and modules of the model that an adapter's paths name: one lookup a path.
+
+    Args:
+        nodes: of the model, see `tree.by_path`.
+        adapter: whose paths.
 
     Raises:
-        KeysError: paths that the model has not, with near misses.
+        KeysError: paths that the model has not, with near misses; a site inside of a module that is replaced whole.
+        ShapeError, SpecError: an update that doesn't fit its site.
     """
-    bare = tuple(path for path, item in adapter.factors.items() if item.kind == "parameter")
-    named = tuple(path for path in adapter.factors if path not in set(bare))
-    fan = adapter.spec.fan_in_fan_out
-    spec = LoraSpec(targets=named, target_parameters=bare, save_modules=tuple(adapter.modules), fan_in_fan_out=fan)
-    if named or bare or adapter.modules:
+    sites, missing = {}, []
+    for path, factors in adapter.factors.items():
         try:
-            found = find_sites(model, spec) if named or bare else find_whole(model, spec)
-        except SpecError as problem:
-            raise KeysError(f"the adapter has sites that {type(model).__name__} has not: {problem}") from None
-    else:
-        found = SiteMap(())
-    exact = tuple(site for site in found.sites if site.path in adapter.factors)
-    missing = [path for path in adapter.factors if path not in {site.path for site in exact}]
-    parameters = dict(model.named_parameters())
-    missing += [path for path in adapter.biases if path not in parameters]
-    missing += [path for path in adapter.modules if path not in set(found.save_modules)]
+            bare = factors.kind == "parameter"
+            site = site_at(nodes, path, bare=bare, fan_in_fan_out=adapter.spec.fan_in_fan_out)
+        except TargetError as problem:
+            raise KeysError(f"the adapter's site {path!r} is none in this model: {problem}") from None
+        if site is None:
+            missing.append(path)
+        else:
+            check_shape(site, factors)
+            check_features(site, dora=factors.magnitude is not None, lora_bias=factors.bias is not None)
+            sites[path] = site
+    missing += [path for path in adapter.modules if path not in nodes]
+    missing += [path for path in adapter.biases if not _has_parameter(nodes, path)]
     if missing:
+        known = [*nodes, *(node.path_of(name) for node in nodes.values() for name, _ in node.parameters())]
         raise KeysError(
-            f"the adapter has {len(missing)} sites that {type(model).__name__} has not: {some_names(missing)}."
-            f"{did_you_mean(missing[0], parameters)}"
+            f"the adapter has {len(missing)} sites that the model has not: {some_names(missing)}.{did_you_mean(missing[0], known)}"
         )
-    return dataclasses.replace(found, sites=exact, biases=tuple(adapter.biases), save_modules=tuple(adapter.modules))
+    inside = [
+        path for path in (*sites, *adapter.biases) if any(f"{path}.".startswith(f"{p}.") for p in adapter.modules)
+    ]
+    if inside:
+        raise KeysError(f"{some_names(inside)}: the adapter adapts what it also replaces whole; one of them has to go")
+    whole = [(path, nodes[path].module) for path in adapter.modules]
+    notes = tie_notes({id(node): node for node in nodes.values()}.values(), sites.values(), whole)
+    return SiteMap(tuple(sites.values()), tuple(adapter.modules), tuple(adapter.biases), tuple(notes))
 
 
-def find_whole(model: nn.Module, spec: LoraSpec) -> SiteMap:
-    """The modules that an adapter without factors names."""
-    there = dict(model.named_modules())
-    return SiteMap((), tuple(path for path in spec.save_modules if path in there))
+def _has_parameter(nodes: Mapping[str, Node], path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    return owner in nodes and nodes[owner].module._parameters.get(name) is not None
 
 
 def check_shape(site: Site, factors: Factors) -> None:
@@ -132,6 +143,40 @@ def check_shape(site: Site, factors: Factors) -> None:
         )
 
 
+def check_features(site: Site, *, dora: bool = False, dropout: bool = False, lora_bias: bool = False) -> None:
+    """Combinations that a kind of layer can't have, refused by name rather than ignored.
+
+    Raises:
+        SpecError: names the feature and the site.
+    """
+    bare = site.kind in ("attention", "parameter")
+    refused = (
+        (
+            dora and (bare or site.groups > 1),
+            "dora",
+            "a bare parameter, an attention's in_proj or a grouped convolution",
+        ),
+        (dropout and site.kind == "parameter", "dropout", "a bare parameter, whose input nobody knows"),
+        (lora_bias and site.kind in ("parameter", "embedding"), "lora_bias", "a bare parameter or an embedding"),
+    )
+    for broken, feature, what in refused:
+        if broken:
+            raise SpecError(
+                f"LoraSpec.{feature} is not defined for {what}: {site.path!r}. Leave it out with exclude=[…], or give it an "
+                "adapter of its own"
+            )
+    own = _original_class(site.module)
+    if site.kind == "embedding" and not (has_plain_forward(own) or hasattr(site.module, "embed_scale")):
+        raise SpecError(
+            f"{site.path!r} is a {own.__name__}, an embedding that does more than look up rows: what its update would be, nobody knows. "
+            "Leave it out with exclude=[…], or train it whole with save_modules=[…]"
+        )
+
+
+def _original_class(module: nn.Module) -> type:
+    return getattr(type(module), "_weft_original", type(module))
+
+
 def expected_sites(model: nn.Module, spec: LoraSpec) -> frozenset[str]:
     """The sites that a spec names on this model; none where it can't be told (a foreign list that matches in part)."""
     try:
@@ -140,13 +185,13 @@ def expected_sites(model: nn.Module, spec: LoraSpec) -> frozenset[str]:
         return frozenset()
 
 
-def check_complete(adapter: Adapter, expected: frozenset[str]) -> None:
+def check_complete(found: SiteMap, expected: frozenset[str]) -> None:
     """Refuse an adapter that lacks sites which its own spec names.
 
     Raises:
         KeysError: names them.
     """
-    missing = sorted(expected - set(adapter.factors))
+    missing = sorted(expected - {site.path for site in found.sites})
     if missing:
         raise KeysError(
             f"the adapter's spec names {len(expected)} sites of this model, its file has no factors for {len(missing)} of them: "

@@ -21,7 +21,7 @@ from weft.core.tree import Node, output_heads, shared_weights, walk
 from weft.errors import ShapeError, SpecError, TargetError, did_you_mean, some_names
 from weft.spec import LoraSpec
 
-__all__ = ["Site", "SiteMap", "find_sites"]
+__all__ = ["Site", "SiteMap", "find_sites", "site_at", "tie_notes"]
 
 _SHARED = "the update at {path!r} applies to this use only; a merged copy unties them"
 _OWN_COPY = "{path!r} is trained whole as a weight of its own, the other keeps the base's"
@@ -139,6 +139,50 @@ def find_sites(model: nn.Module, spec: LoraSpec) -> SiteMap:
     biases = _biases(search, sites)
     notes = _notes(search, sites, biases)
     return SiteMap(sites, tuple(search.saved), biases, tuple(notes))
+
+
+def site_at(
+    nodes: Mapping[str, Node], path: str, *, bare: bool = False, fan_in_fan_out: bool | None = None
+) -> Site | None:
+    """The site at one exact path: a lookup, not a search.
+
+    Args:
+        nodes: of the model, by every path that they stand at (`tree.by_path`).
+        path: of a module; of a parameter where ``bare`` or for an attention's in_proj. An alias gives the site of the first path.
+        bare: the path is a bare parameter's.
+        fan_in_fan_out: of a bare matrix, see `LoraSpec`.
+
+    Returns:
+        The site; None where nothing stands at the path that could be one.
+
+    Raises:
+        TargetError: a parameter of a shape that can't be adapted; a lazy module without a weight yet.
+    """
+    node = nodes.get(path)
+    if not bare and node is not None:
+        return None if node.kind in (None, "attention") else _module_site(node)
+    owner, _, name = path.rpartition(".")
+    node = nodes.get(owner)
+    parameter = None if node is None else node.module._parameters.get(name)
+    if node is None or parameter is None:
+        return None
+    if bare:
+        return _parameter_site(node.path_of(name), node, name, parameter, fan_in_fan_out)
+    return _attention_site(node) if node.kind == "attention" and name == "in_proj_weight" else None
+
+
+def tie_notes(nodes: Iterable[Node], sites: Iterable[Site], whole: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """What the user has to know of sites and of modules trained whole, (path, module), whose weights other modules share."""
+    uses = shared_weights(nodes)
+    tied = [(site.path, site.weight, site.weight_path, _SHARED) for site in sites] if uses else []
+    for path, module in whole if uses else ():
+        tied += [(path, parameter, f"{path}.{name}", _OWN_COPY) for name, parameter in module.named_parameters()]
+    notes = []
+    for path, weight, own, text in tied:
+        others = [use for use in uses.get(id(weight), ()) if use != own]
+        if others:
+            notes.append(f"{own!r} and {some_names(others)} are one tied weight: {text.format(path=path)}")
+    return notes
 
 
 class _Search:
@@ -267,8 +311,7 @@ class _Search:
         elif node.module._parameters.get("in_proj_weight") is None:
             self._in_proj_missing(node, path, bool(meant))
         else:
-            d = int(node.module.embed_dim)  # type: ignore[arg-type]
-            self._add(Site(path, node.path, node.module, "in_proj_weight", "attention", d, 3 * d))
+            self._add(_attention_site(node))
             for entry in named:
                 self.targets.hit(entry)
             for entry in by_parameter:
@@ -306,7 +349,7 @@ class _Search:
                     raise TargetError(
                         f"{path!r} is adapted twice: by target_parameters, and as {node.path!r} by targets. Keep one"
                     )
-                self._add(_parameter_site(path, node, name, parameter, self.spec))
+                self._add(_parameter_site(path, node, name, parameter, self.spec.fan_in_fan_out))
 
     def _excluded(self, paths: Iterable[str], node: Node) -> bool:
         found = _find(self.exclude, paths) if self.exclude else {}
@@ -363,7 +406,13 @@ def _module_site(node: Node) -> Site:
     return Site(path, path, module, "weight", "linear", int(weight.shape[0]), int(weight.shape[1]), transposed=True)
 
 
-def _parameter_site(path: str, node: Node, name: str, parameter: Tensor, spec: LoraSpec) -> Site:
+def _attention_site(node: Node) -> Site:
+    """The site of an nn.MultiheadAttention's in_proj."""
+    d = int(node.module.embed_dim)  # type: ignore[arg-type]
+    return Site(node.path_of("in_proj_weight"), node.path, node.module, "in_proj_weight", "attention", d, 3 * d)
+
+
+def _parameter_site(path: str, node: Node, name: str, parameter: Tensor, fan_in_fan_out: bool | None) -> Site:
     """The site of a bare parameter: (d_out, d_in) or stacked experts (E, d_out, d_in)."""
     shape = tuple(int(size) for size in parameter.shape)
     if len(shape) not in (2, 3) or not parameter.is_floating_point():
@@ -372,7 +421,7 @@ def _parameter_site(path: str, node: Node, name: str, parameter: Tensor, spec: L
             "(d_out, d_in) or stacked experts (E, d_out, d_in)"
         )
     flipped = len(shape) == 3 and bool(getattr(node.module, "is_transposed", False))
-    transposed = flipped or spec.fan_in_fan_out is True
+    transposed = flipped or fan_in_fan_out is True
     d_in, d_out = (shape[-2], shape[-1]) if transposed else (shape[-1], shape[-2])
     experts = shape[0] if len(shape) == 3 else None
     return Site(path, node.path, node.module, name, "parameter", d_in, d_out, experts=experts, transposed=transposed)
@@ -403,15 +452,7 @@ def _notes(search: _Search, sites: tuple[Site, ...], biases: tuple[str, ...]) ->
         for node in search.nodes
         if node.aliases and node.path in owners
     ]
-    uses = shared_weights(search.nodes)
-    tied = [(site.path, site.weight, site.weight_path, _SHARED) for site in sites] if uses else []
-    for path in search.saved if uses else ():
-        whole = search.model.get_submodule(path)
-        tied += [(path, parameter, f"{path}.{name}", _OWN_COPY) for name, parameter in whole.named_parameters()]
-    for path, weight, own, text in tied:
-        others = [use for use in uses.get(id(weight), ()) if use != own]
-        if others:
-            notes.append(f"{own!r} and {some_names(others)} are one tied weight: {text.format(path=path)}")
+    notes += tie_notes(search.nodes, sites, [(path, search.model.get_submodule(path)) for path in search.saved])
     if search.all_linear:
         notes += _experts_left_out(search)
     if search.spec.bias != "none" and not biases:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-__all__ = ["Node", "output_heads", "shared_weights", "walk"]
+__all__ = ["Node", "by_path", "has_plain_forward", "output_heads", "shared_weights", "walk"]
 
 
 @dataclass(eq=False)
@@ -76,6 +76,11 @@ def walk(model: nn.Module) -> list[Node]:
     return list(seen.values())
 
 
+def by_path(nodes: Iterable[Node]) -> dict[str, Node]:
+    """Nodes by every path that they stand at."""
+    return {path: node for node in nodes for path in node.paths}
+
+
 def _kind(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         return "linear"
@@ -87,6 +92,15 @@ def _kind(module: nn.Module) -> str | None:
         return "attention"
     by_name = any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
     return "conv1d" if by_name and getattr(module._parameters.get("weight"), "ndim", 0) == 2 else None
+
+
+def has_plain_forward(layer: type) -> bool:
+    """Whether a class of layers computes what its kind computes, and nothing else."""
+    for plain in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if issubclass(layer, plain):
+            own = getattr(layer, "_conv_forward", None) is getattr(plain, "_conv_forward", None)
+            return own and getattr(layer, "forward", None) is plain.forward
+    return layer.__name__ == "Conv1D"
 
 
 def shared_weights(nodes: Iterable[Node]) -> dict[int, list[str]]:
