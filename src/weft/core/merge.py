@@ -7,6 +7,7 @@ target dtype: what rounding took away is measured, site by site.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from weft.core import loading
 from weft.core.factors import Factors
 from weft.core.layers import row_norms
 from weft.core.sites import Site
+from weft.core.tree import by_path, has_plain_forward, walk
 from weft.errors import MergeError, NotFiniteError
 
 __all__ = ["MergeReport", "MergedSite", "dense_update", "merge"]
@@ -31,7 +33,8 @@ class MergedSite:
     Attributes:
         norm: ‖ΔW‖, the change that was wanted (with DoRA: of the whole weight).
         relative: ‖ΔW‖ / ‖W‖.
-        survived: 1 - ‖written - wanted‖ / ‖wanted‖: the share that the target dtype could hold; 1.0 for a zero update.
+        survived: 1 - ‖written - wanted‖ / ‖wanted‖, at least 0: the share of the change that the target dtype could hold. Written is
+            the merged weight less the base's in the same dtype. 1.0 for a zero update.
     """
 
     path: str
@@ -117,23 +120,21 @@ def merge(
 
         here = fingerprint(merged, loading.base_weights(merged, tuple(adapter.modules)))
         loading.check_base(adapter, here)
-    found = loading.locate(merged, adapter)
+    found = loading.locate(by_path(walk(merged)), adapter)
     if dtype is not None:
         _cast(merged, dtype)
     shared = _shared_parameters(merged)
     untied: list[str] = []
-    rows = []
-    for site in found.sites:
-        factors = adapter.factors[site.path]
-        loading.check_shape(site, factors)
-        full = f"{site.owner}.{site.weight_name}".lstrip(".")
-        if id(site.module._parameters[site.weight_name]) in shared:
-            untied.append(full)
-        rows.append(_merge_site(site, factors, _original(model, full)))
-        _merge_own_bias(site, factors, rows[-1])
     _take_over(merged, adapter, shared, untied)
+    rows = []
+    for site, factors in zip(found.sites, adapter.factors.values(), strict=True):
+        _check_plain(site)
+        if id(site.weight) in shared:
+            untied.append(site.weight_path)
+        rows.append(_merge_site(site, factors, _original(model, site.weight_path)))
+        _merge_own_bias(site, factors, rows[-1])
     if untied:
-        _say_untied(merged)
+        _say_untied(merged, untied)
     target = dtype or loading_dtype(merged)
     replaced = (*adapter.modules, *adapter.biases)
     return merged.eval(), MergeReport(tuple(rows), str(target).removeprefix("torch."), tuple(untied), replaced)
@@ -175,12 +176,11 @@ def _within_groups(site: Site, delta: Tensor) -> Tensor:
 
 
 def _copy(model: nn.Module) -> nn.Module:
-    bank = model.__dict__.get("_weft_bank")
-    if bank is not None:
-        bank.use(bank.current)  # forgets results that wait for siblings
     merged = copy.deepcopy(model)
-    if bank is not None:
-        merged.__dict__["_weft_bank"].detach()
+    for module in list(merged.modules()):
+        bank = module.__dict__.get("_weft_bank")
+        if bank is not None:
+            bank.detach()
     return merged
 
 
@@ -202,12 +202,25 @@ def _original(model: nn.Module, name: str) -> Tensor:
     return weight.detach()
 
 
-def _merge_site(site: Site, factors: Factors, original: Tensor) -> MergedSite:
-    weight = site.module._parameters[site.weight_name]
-    if weight is None or not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None:
+def _check_plain(site: Site) -> None:
+    """A changed weight has to mean a changed product, and nothing else."""
+    layer, weight = type(site.module), site.module._parameters.get(site.weight_name)
+    beside = "keep the adapter beside the base (weft.attach, bank.load)"
+    if weight is None:
+        raise MergeError(f"{site.path}: this {layer.__name__} computes its weight from other parameters; {beside}")
+    if not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None:
         raise MergeError(
             f"{site.path}: the base's weight is quantised; load the base unquantised (dtype=…) to merge into it"
         )
+    whole = site.kind in ("attention", "parameter") or has_plain_forward(layer)
+    if not whole and not (site.kind == "embedding" and hasattr(site.module, "embed_scale")):
+        raise MergeError(
+            f"{site.path}: this {layer.__name__} has a forward of its own, so what a changed weight does there is not known; {beside}"
+        )
+
+
+def _merge_site(site: Site, factors: Factors, original: Tensor) -> MergedSite:
+    weight = site.weight
     wide = torch.promote_types(weight.dtype, torch.float32)
     W = original.to(weight.device, wide)
     new = W + dense_update(site, factors).to(weight.device, wide)
@@ -218,9 +231,9 @@ def _merge_site(site: Site, factors: Factors, original: Tensor) -> MergedSite:
     written = new.to(weight.dtype)
     if not bool(torch.isfinite(written).all()):
         raise NotFiniteError(f"{site.path}: the merged weight overflows {weight.dtype}; merge with dtype=torch.float32")
-    wanted, got = new - W, written.to(wide) - W
+    wanted, got = new - W, written.to(wide) - W.to(weight.dtype).to(wide)
     norm, base = float(wanted.norm()), float(W.norm())
-    survived = 1.0 if norm == 0 else 1 - float((got - wanted).norm()) / norm
+    survived = 1.0 if norm == 0 else max(0.0, 1 - float((got - wanted).norm()) / norm)
     site.module._parameters[site.weight_name] = nn.Parameter(written, requires_grad=weight.requires_grad)
     return MergedSite(site.path, norm, norm / base if base else math.inf, survived)
 
@@ -282,9 +295,20 @@ def _shared_parameters(model: nn.Module) -> dict[int, list[str]]:
     return {key: found for key, found in names.items() if len(found) > 1}
 
 
-def _say_untied(model: nn.Module) -> None:
-    """A config that promises a tie would undo the merge when the model is saved and loaded."""
+def _say_untied(model: nn.Module, untied: list[str]) -> None:
+    """A config that promises a tie would undo the merge when the model is saved and loaded.
+
+    Raises:
+        MergeError: the model's own forward asks whether its weights are tied: untied it would compute something else.
+    """
     config = getattr(model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
-        if getattr(part, "tie_word_embeddings", False):
-            part.tie_word_embeddings = False
+        if part is None or not getattr(part, "tie_word_embeddings", False):
+            continue
+        code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+        if code is not None and "tie_word_embeddings" in code.co_names:
+            raise MergeError(
+                f"{untied[0]}: this weight is tied, and the forward of {type(model).__name__} scales its output because it is: a copy in "
+                "which it is not would give other numbers. Keep the adapter beside the base (weft.attach, bank.load)"
+            )
+        part.tie_word_embeddings = False
