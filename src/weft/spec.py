@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,19 +87,24 @@ class LoraSpec:
         for name in ("target_parameters", "save_modules"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         if self.layers is not None:
-            indices = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
-            object.__setattr__(self, "layers", indices)
+            object.__setattr__(self, "layers", _indices(self.layers))
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             if not isinstance(value, Mapping):
                 raise SpecError(f"LoraSpec.{name}: got {value!r}; expected a mapping of patterns to numbers")
             object.__setattr__(self, name, dict(value))
-        if self.alpha is None:
-            object.__setattr__(self, "alpha", float(self.rank) if isinstance(self.rank, int) else None)
+        if self.alpha is None and _is_rank(self.rank):
+            object.__setattr__(self, "alpha", float(self.rank))
         _check(self)
+        for name in ("alpha", "dropout"):  # 16 and 16.0 are one spec, also in files and digests
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "alpha_pattern", {key: float(value) for key, value in self.alpha_pattern.items()})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LoraSpec) and repr(self) == repr(other)  # order counts in patterns: the first match wins
 
     def __hash__(self) -> int:
-        return hash(repr(sorted(self.to_dict().items(), key=lambda item: item[0])))
+        return hash(repr(self))
 
     def rank_at(self, path: str) -> int:
         """Rank of the site at ``path``."""
@@ -143,6 +149,14 @@ class LoraSpec:
         return cls(**values)
 
 
+def _indices(value: Any) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,)
+    if not isinstance(value, Sequence | set | frozenset | range) or isinstance(value, str):
+        raise SpecError(f"LoraSpec.layers: got {value!r}; expected layer indices, whole numbers from 0")
+    return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
+
+
 def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
@@ -165,17 +179,17 @@ def _first_match(patterns: Mapping[str, float], path: str, default: float) -> fl
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
 def _compiles(pattern: str) -> bool:
     try:
         re.compile(pattern)
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
     return True
 
@@ -190,7 +204,8 @@ def _check(spec: LoraSpec) -> None:
         ("dropout", spec.dropout, _is_number(spec.dropout) and 0 <= spec.dropout < 1, "a number in [0, 1)"),
         ("bias", spec.bias, spec.bias in BIASES, f"one of {BIASES}"),
         ("init", spec.init, bool(init_ok), f"one of {INITS} or 'pissa_niter_N'"),
-        ("fan_in_fan_out", spec.fan_in_fan_out, spec.fan_in_fan_out in (None, True, False), "True, False or None"),
+        ("fan_in_fan_out", spec.fan_in_fan_out, spec.fan_in_fan_out is None or isinstance(spec.fan_in_fan_out, bool),
+         "True, False or None"),
         ("layers_pattern", spec.layers_pattern, spec.layers_pattern is None or isinstance(spec.layers_pattern, str),
          "a name or None"),
     )  # fmt: skip
@@ -200,14 +215,17 @@ def _check(spec: LoraSpec) -> None:
     for name in ("rslora", "dora", "lora_bias"):
         if not isinstance(getattr(spec, name), bool):
             raise SpecError(f"LoraSpec.{name}: got {getattr(spec, name)!r}; expected True or False")
-    if spec.layers is not None and not all(isinstance(index, int) and index >= 0 for index in spec.layers):
+    if spec.layers is not None and not all(_is_rank(index) or (index == 0 and _is_number(index)) for index in spec.layers):
         raise SpecError(f"LoraSpec.layers: got {spec.layers!r}; expected layer indices, whole numbers from 0")
-    for pattern, value in (*spec.rank_pattern.items(), *spec.alpha_pattern.items()):
-        if not isinstance(pattern, str) or not _compiles(pattern):
-            raise SpecError(f"LoraSpec.rank_pattern/alpha_pattern: {pattern!r} is not a regular expression")
-        allowed = _is_rank(value) if pattern in spec.rank_pattern and value is spec.rank_pattern[pattern] else True
-        if not (_is_number(value) and value != 0 and allowed):
-            raise SpecError(f"LoraSpec.rank_pattern/alpha_pattern[{pattern!r}]: got {value!r}; expected a number, rank >= 1")
+    for name, allowed, expected in (
+        ("rank_pattern", _is_rank, "a whole number of at least 1"),
+        ("alpha_pattern", lambda value: _is_number(value) and value != 0, "a finite number other than 0"),
+    ):
+        for pattern, value in getattr(spec, name).items():
+            if not isinstance(pattern, str) or not _compiles(pattern):
+                raise SpecError(f"LoraSpec.{name}: {pattern!r} is not a regular expression")
+            if not allowed(value):
+                raise SpecError(f"LoraSpec.{name}[{pattern!r}]: got {value!r}; expected {expected}")
     for name in ("targets", "exclude"):
         value = getattr(spec, name)
         if isinstance(value, str) and value not in ("all-linear", "default") and value and not _compiles(value):
