@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 __all__ = ["Fingerprint", "digest_of", "fingerprint", "hash_tensor"]
 
-SAMPLE_ABOVE_BYTES = 4 << 30
-"""Weights of more bytes than this are sampled: 1 MiB evenly spread over each tensor."""
+SAMPLE_ABOVE = 1 << 31
+"""A base of more numbers than this is sampled: 1 MiB evenly spread over each tensor. Numbers, not bytes, so that one base is
+treated alike at every precision."""
 
 _SAMPLE_BYTES = 1 << 20
 _VOLATILE = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures",
@@ -85,20 +86,20 @@ def fingerprint(model: nn.Module, weights: Iterable[tuple[str, Tensor]] | None =
             A bank passes its own list, so that factors and trained copies don't count.
 
     Returns:
-        The fingerprint; hashing costs about a second a gigabyte. Above `SAMPLE_ABOVE_BYTES` it is sampled, and says so.
+        The fingerprint; hashing costs about a second a gigabyte. Above `SAMPLE_ABOVE` it is sampled, and says so.
     """
     named = sorted(weights if weights is not None else model.state_dict().items(), key=lambda item: item[0])
-    total = sum(tensor.numel() * tensor.element_size() for _, tensor in named)
-    sampled = total > SAMPLE_ABOVE_BYTES
+    sampled = sum(tensor.numel() for _, tensor in named) > SAMPLE_ABOVE
     layout, content, rounded = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     by_dtype: dict[str, int] = {}
-    seen: dict[int, tuple[str, str]] = {}
+    seen: dict[Any, tuple[str, str]] = {}
     for name, tensor in named:
         layout.update(f"{name}:{tuple(tensor.shape)};".encode())
         dtype = str(tensor.dtype).removeprefix("torch.")
         by_dtype[dtype] = by_dtype.get(dtype, 0) + tensor.numel()
-        key = tensor.data_ptr() if tensor.device.type != "meta" and tensor.numel() else 0
-        if not key or key not in seen:
+        stored = tensor.device.type != "meta" and tensor.numel() > 0
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if stored else name
+        if key not in seen:
             short = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
             seen[key] = hash_tensor(tensor, sample=sampled), hash_tensor(short, sample=sampled)
         content.update(f"{name}:{seen[key][0]};".encode())
