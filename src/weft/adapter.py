@@ -14,10 +14,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from weft.core.factors import Factors
-from weft.errors import TargetError, did_you_mean
+from weft.errors import NotFiniteError, TargetError, did_you_mean
 from weft.identity import Fingerprint, digest_of
 from weft.spec import LoraSpec
 
@@ -163,6 +164,10 @@ class Adapter:
         """
         for path, item in self.factors.items():
             item.check_finite(path)
+        whole = {f"{path}.{name}": t for path, module in self.modules.items() for name, t in module.items()}
+        for path, tensor in (*whole.items(), *self.biases.items()):
+            if not bool(torch.isfinite(tensor).all()):
+                raise NotFiniteError(f"{path}: the adapter's trained copy has NaN or infinite values; take an earlier checkpoint")
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False, for_peft: bool = True) -> Path:
         """Write a directory that `weft.load` and PEFT's ``PeftModel.from_pretrained`` read; beside, then renamed.
