@@ -2,19 +2,38 @@
 
 - all parameters of the base are frozen while something is attached
 - nn.TransformerEncoderLayer has a fused inference path that reads weights past every forward: it is closed for layers with a site
+- normalisations with running statistics are part of the base: in training too they are used, not changed
 - gradient checkpointing of the reentrant kind needs an input that requires a gradient; with a frozen base nothing does
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Surroundings"]
+from weft.core.slots import place, restore
+
+__all__ = ["StatisticsSite", "Surroundings"]
+
+_Base = nn.modules.batchnorm._NormBase if TYPE_CHECKING else object
+
+
+class StatisticsSite(_Base):
+    """Batch and instance norms with running statistics: those of the base, whatever the mode."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The layer's own shape."""
+        if not self.training or self.running_mean is None or self.running_var is None:
+            return super().forward(input)  # type: ignore[no-any-return,misc]
+        statistics = (self.running_mean, self.running_var, self.weight, self.bias)
+        if isinstance(self, nn.modules.instancenorm._InstanceNorm):
+            return F.instance_norm(input, *statistics, use_input_stats=False, momentum=0.0, eps=self.eps)
+        return F.batch_norm(input, *statistics, training=False, momentum=0.0, eps=self.eps)
 
 
 class Surroundings:
@@ -25,6 +44,7 @@ class Surroundings:
         self._flags: list[tuple[nn.Parameter, bool]] = []
         self._guarded: list[tuple[nn.Module, str, Any]] = []
         self._handles: list[RemovableHandle] = []
+        self._norms: list[nn.Module] = []
 
     def freeze(self) -> None:
         """Freeze the base, once; later calls find it frozen."""
@@ -34,6 +54,10 @@ class Surroundings:
         for parameter, flag in self._flags:
             if flag:
                 parameter.requires_grad_(False)
+        for path, module in self.model.named_modules():
+            if getattr(module, "running_mean", None) is not None and type(module).forward in _NORM_FORWARDS:
+                place(module, StatisticsSite, path=path)
+                self._norms.append(module)
         embeddings = {id(found): found for found in map(_embeddings, self.model.modules()) if found is not None}
         self._handles = [module.register_forward_hook(self._start_gradient) for module in embeddings.values()]
 
@@ -59,7 +83,9 @@ class Surroundings:
             setattr(module, flag, value)
         for handle in self._handles:
             handle.remove()
-        self._flags, self._guarded, self._handles = [], [], []
+        for module in self._norms:
+            restore(module)
+        self._flags, self._guarded, self._handles, self._norms = [], [], [], []
 
     def _start_gradient(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.is_grad_enabled() and isinstance(output, Tensor) and not output.requires_grad and self._reentrant():
@@ -74,6 +100,13 @@ class Surroundings:
                 function = module.__dict__.get("_gradient_checkpointing_func")
                 return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
         return False
+
+
+_NORM_FORWARDS = (
+    nn.modules.batchnorm._BatchNorm.forward,
+    nn.SyncBatchNorm.forward,
+    nn.modules.instancenorm._InstanceNorm.forward,
+)
 
 
 def _embeddings(module: nn.Module) -> nn.Module | None:
