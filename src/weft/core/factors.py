@@ -29,8 +29,8 @@ class Factors:
         B: (d_out, r), or (E, d_out, r).
         scale: the one number between B @ A and ΔW; alpha, rank and rsLoRA are folded in here, once.
         kind: ``linear`` (also GPT-2's Conv1D), ``conv``, ``embedding`` (d_in = vocabulary, d_out = width),
-            ``attention`` (in_proj of nn.MultiheadAttention: d_out = 3 · d_in) or ``parameter`` (a bare 2-D or 3-D
-            parameter).
+            ``attention`` (in_proj, d_out = 3 · d_in, or out_proj of nn.MultiheadAttention) or ``parameter`` (a bare
+            2-D or 3-D parameter).
         kernel: spatial kernel of a convolution; empty for all else.
         magnitude: (d_out,), DoRA's; None for a plain update.
         bias: (d_out,), B's own bias; None without.

@@ -63,7 +63,7 @@ def snapshot(site: Site, slot: Slot) -> Factors:
         A, B = A.flatten(1), spread_groups(B.flatten(1), site.groups)
     magnitude, bias = slot.magnitude, slot.bias
     return Factors(
-        A, B, slot.scale, site.kind, site.kernel,
+        A, B, slot.scale, "attention" if site.host is not None else site.kind, site.kernel,
         None if magnitude is None else to_cpu(magnitude),  # type: ignore[arg-type]
         None if bias is None else to_cpu(bias),  # type: ignore[arg-type]
         site.groups,

@@ -168,5 +168,7 @@ def listing(folder: Path) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """A finite number that is no bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite number that is no bool and that a float can hold."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 1 << 1000
+    return isinstance(value, float) and math.isfinite(value)

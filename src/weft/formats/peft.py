@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from weft.adapter import Adapter, Provenance
 from weft.core.factors import Factors
-from weft.errors import FormatError, NotFiniteError, UnsupportedError, some_names
+from weft.errors import FormatError, KeysError, NotFiniteError, UnsupportedError, some_names
 from weft.formats.checks import listing, read_json, shortened
 from weft.formats.folders import home_of, write_folder
-from weft.formats.peft_config import CONFIG, PeftConfig, read_config
+from weft.formats.peft_config import CONFIG, NOTHING, PeftConfig, read_config
 from weft.formats.peft_keys import sort_keys
 from weft.formats.peft_pack import pack, unpack
 from weft.formats.peft_rest import read_rest
@@ -107,6 +107,8 @@ def _assemble(
     rest = read_rest(config, keys, tensors, allow_partial=allow_partial)
     if not seated and not rest.modules and not rest.biases:
         raise FormatError(f"holds no LoRA factors; its keys are {some_names(tensors, 3) or 'none'}", path=path)
+    if not seated and config.get("target_modules") not in (None, [], NOTHING) and not allow_partial:
+        raise KeysError("the config targets modules, the file has factors for none: a part of it is missing; allow_partial=True takes the rest", path=path)
     sites = read_sites(config, seated, tensors, allow_partial=allow_partial)
     modules = {home: {name: tensors[key] for name, key in names.items()} for home, names in rest.modules.items()}
     biases = {name: tensors[key] for name, key in rest.biases.items()}

@@ -15,9 +15,12 @@ from typing import Any
 from weft.errors import FormatError, UnsupportedError, did_you_mean
 from weft.formats.checks import is_number, read_json, shortened
 
-__all__ = ["CONFIG", "PeftConfig", "first_match", "read_config"]
+__all__ = ["CONFIG", "NOTHING", "PeftConfig", "first_match", "read_config"]
 
 CONFIG = "adapter_config.json"
+
+NOTHING = "dummy-target-modules"
+"""What PEFT takes for an adapter that adapts no module."""
 
 MAX_PATTERN = 65_536
 """Letters in a regular expression."""
@@ -27,6 +30,10 @@ Check = tuple[Callable[[Any], bool], str]
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_int(value) and 1 <= value < 1 << 31
 
 
 def _is_names(value: Any) -> bool:
@@ -48,7 +55,7 @@ def _is_targets(value: Any) -> bool:
 
 
 def _is_ranks(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_pattern(key) and _is_int(item) and item >= 1 for key, item in value.items())
+    return isinstance(value, dict) and all(_is_pattern(key) and _is_rank(item) for key, item in value.items())
 
 
 def _is_alphas(value: Any) -> bool:
@@ -64,7 +71,7 @@ _TEXT: Check = (lambda value: isinstance(value, str), "text")
 _TARGETS: Check = (_is_targets, "a list of names or one regular expression")
 _FIELDS: dict[str, Check] = {
     "peft_type": _TEXT,
-    "r": (lambda value: _is_int(value) and value >= 1, "a whole number of at least 1"),
+    "r": (_is_rank, "a whole number of at least 1"),
     "lora_alpha": (lambda value: is_number(value) and value != 0, "a number other than 0"),
     "lora_dropout": (lambda value: is_number(value) and 0 <= value < 1, "a number in [0, 1)"),
     "target_modules": _TARGETS,

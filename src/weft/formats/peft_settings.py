@@ -12,15 +12,11 @@ from typing import Any
 
 from weft.adapter import Adapter
 from weft.core.patterns import Names, unmatched_patterns
-from weft.formats.peft_config import first_match
+from weft.formats.peft_config import NOTHING, first_match
 from weft.formats.peft_layout import Layout
 from weft.spec import LoraSpec
 
 __all__ = ["settings_of"]
-
-_NOTHING = "dummy-target-modules"
-"""What PEFT takes for an adapter that adapts no module."""
-
 
 def settings_of(adapter: Adapter, layout: Layout, scales: Mapping[str, tuple[int, float]], *, leaf_names: bool = False) -> dict[str, Any]:
     """The fields of adapter_config.json.
@@ -97,7 +93,7 @@ def _patterns(values: Mapping[str, float], default: float, said: Mapping[str, fl
 def _targets(spec: LoraSpec, layout: Layout, leaf_names: bool) -> tuple[list[str] | str, dict[str, Any]]:
     """target_modules, and exclude_modules where names alone would match more."""
     if not layout.targets:
-        return ([] if layout.parameters else _NOTHING), {}
+        return ([] if layout.parameters else NOTHING), {}
     if leaf_names:
         return sorted({path.rpartition(".")[2] for path in layout.targets}), {}
     if _spec_names_them(spec, layout.targets):

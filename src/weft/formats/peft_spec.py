@@ -10,7 +10,7 @@ from weft.core.factors import Factors
 from weft.core.loading import spec_of
 from weft.core.patterns import Layers, Names, unmatched_patterns
 from weft.errors import FormatError, SpecError
-from weft.formats.peft_config import PeftConfig
+from weft.formats.peft_config import NOTHING, PeftConfig
 from weft.spec import LoraSpec
 
 __all__ = ["read_spec"]
@@ -80,7 +80,7 @@ def _places(config: PeftConfig, factors: Mapping[str, Factors], names: Mapping[s
     """targets, exclude and layers as the config has them, if they name the sites of the file; else the sites themselves."""
     modules = {names[path]: path for path, item in factors.items() if item.kind != "parameter"}
     if not modules:
-        return {"targets": ()}
+        return {"targets": () if factors else (NOTHING,)}
     targets = config.get("target_modules")
     exclude = config.get("exclude_modules", ())
     layers = config.get("layers_to_transform")
