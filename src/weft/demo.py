@@ -186,7 +186,7 @@ class Demo:
 
     def prove(self) -> ProofReport:
         """Load the adapter from its files, and see that it does what it did when it was saved."""
-        return prove(self.folder / "run", self.model[0])
+        return prove(self.result.path, self.model[0])
 
     def files(self) -> Mapping[Path, int]:
         """What was written, with bytes; folders as a whole."""

@@ -83,7 +83,7 @@ class Inspection:
         path: what was looked at.
         files: name and bytes of each file that belongs to the adapter.
         run: the report of the run, where ``path`` is a run folder.
-        warnings: what is wrong with it.
+        warnings: what is wrong with it: sites that never moved.
     """
 
     path: str
@@ -227,7 +227,9 @@ def _group(pattern: str, sites: Sequence[SiteFacts]) -> SiteGroup:
 
 
 def _files(place: Path) -> dict[str, int]:
-    """Files of the adapter and their bytes; of a directory those that adapters consist of."""
+    """Files of the adapter and their bytes; of a directory those that adapters consist of; none of a hub id."""
+    if not place.exists():
+        return {}
     if place.is_file():
         return {place.name: place.stat().st_size}
     own = re.compile(r"(adapter_|weft|pytorch_lora_weights).*\.(json|safetensors|bin)")
@@ -247,8 +249,4 @@ def _warnings(adapter: Adapter, sites: Sequence[SiteFacts]) -> tuple[str, ...]:
         found.append(
             f"{len(idle)} of {len(sites)} sites have an update of zero: {', '.join(idle[:3])}{' …' if len(idle) > 3 else ''}"
         )
-    if adapter.provenance.base is None:
-        found.append("it doesn't say which base it was made for: nothing can be checked when it is loaded")
-    if not adapter.proof:
-        found.append("no golden prompts in it: --prove can't be used")
     return tuple(found)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from weft.cli import show
 from weft.cli.options import Base, Dtype, Json, Quiet, Usage
+from weft.errors import some_names
 
 if TYPE_CHECKING:
     from weft.inspection import Inspection, SiteGroup
@@ -54,23 +55,26 @@ def _show(found: Inspection) -> None:
         ("numbers", f"{adapter.num_parameters:,} in {len(found.sites)} sites, rank {adapter.ranks()}; ‖ΔW‖ {found.norm:.4g}"),
         ("spec", _spec(found)),
         ("files", ", ".join(f"{name} {show.size(count)}" for name, count in found.files.items()) or "none"),
-        *((f"{path}.*", "trained whole: " + ", ".join(f"{name} {'×'.join(map(str, tensor.shape))}" for name, tensor in tensors.items()))
+        *(("whole", f"{path}: " + ", ".join(f"{name} {'×'.join(map(str, tensor.shape))}" for name, tensor in tensors.items()))
           for path, tensors in adapter.modules.items()),
         *([("biases", f"{len(adapter.biases)} of the base, trained with it")] if adapter.biases else []),
+        *([("proof", f"{len(adapter.proof['logits'])} golden prompts")] if "logits" in adapter.proof else []),
     ])  # fmt: skip
     show.result()
     common = _common([group.pattern for group in found.groups])
+    if common:
+        show.result(f"sites in {common[:-1]}:\n")
     heads = (
-        (f"site{f' in {common[:-1]}' if common else ''}", "left"),
+        ("site", "left"),
         ("n", "right"),
         ("shape", "right"),
-        ("rank", "right"),
         ("scale", "right"),
+        ("rank", "right"),
+        ("eff.", "right"),
         ("‖ΔW‖", "right"),
-        ("eff. rank", "right"),
     )
     show.table(heads, [_row(group, common) for group in found.groups])
-    show.result()
+    show.result("eff.: directions that the update really uses; ‖ΔW‖: the median of the n sites\n")
     show.pairs(_provenance(found))
     if found.run is not None:
         show.result(f"\n{found.run.text()}")
@@ -81,24 +85,22 @@ def _show(found: Inspection) -> None:
 
 
 def _common(patterns: list[str]) -> str:
-    """What all paths start with, up to a dot: it is said once, in the heading."""
+    """What all paths start with, up to a dot: it is said once, above the table."""
     parts = [pattern.split(".")[:-1] for pattern in patterns]
     same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
     return "".join(f"{names[0]}." for names in same) if len(patterns) > 1 else ""
 
 
 def _row(group: SiteGroup, common: str) -> tuple[str, ...]:
-    low, middle, high = group.norms
-    norm = f"{middle:.3g}" if group.count == 1 else f"{middle:.3g} ({low:.2g}–{high:.2g})"
     shape = "×".join(map(str, group.shape))
     return (
         group.pattern.removeprefix(common),
         str(group.count),
         shape,
-        str(group.rank),
         f"{group.scale:.4g}",
-        norm,
+        str(group.rank),
         f"{group.effective_rank:.1f}",
+        f"{group.norms[1]:.3g}",
     )
 
 
@@ -109,10 +111,15 @@ def _spec(found: Inspection) -> str:
     default = LoraSpec().to_dict()
     own = found.adapter.spec.to_dict()
     return " ".join(
-        f"{name}={value}"
+        f"{name}={_short(value)}"
         for name, value in own.items()
         if name in ("rank", "alpha", "targets") or value != default[name]
     )
+
+
+def _short(value: Any) -> Any:
+    """A long list by its first names."""
+    return f"[{some_names(value)}]" if isinstance(value, list) and value and isinstance(value[0], str) else value
 
 
 def _provenance(found: Inspection) -> list[tuple[str, str]]:
@@ -122,9 +129,9 @@ def _provenance(found: Inspection) -> list[tuple[str, str]]:
     told = ("kind", "steps", "learning_rate", "batch_size", "schedule", "seed")
     rows = [
         ("base", f"{base.name or '(no name)'}, {base.architecture} {base.dtype}, weights {base.weights[:12]}"
-                 f"{', sampled' if base.sampled else ''}{f', commit {base.commit[:12]}' if base.commit else ''}" if base else "not said"),
+                 f"{', sampled' if base.sampled else ''}{f', commit {base.commit[:12]}' if base.commit else ''}" if base else "not said, so nothing can be compared"),
         *(("data", f"{part.get('role', '')} {part.get('source', '')}: {part.get('examples', '?')} examples, {str(part.get('digest', ''))[:12]}".strip())
-          for part in facts.data if not found.run),
+          for part in facts.data),
         ("recipe", ", ".join(f"{name} {recipe[name]}" for name in told if recipe.get(name) is not None)),
         *([] if found.run else [("evaluation", ", ".join(f"{name} {value:.4g}" for name, value in facts.evaluation.items()))]),
         ("parents", ", ".join(str(parent) for parent in facts.parents)),

@@ -43,4 +43,4 @@ def merge(
         f"\nwritten: {written}/ (read again: the same weights, the same logits; merge_report.json has every site)",
         quiet,
     )
-    show.remark(f"next:    {show.command('weft', 'generate', '--base', str(written))} PROMPT", quiet)
+    show.remark(f"next:    {show.command('weft', 'eval', '--base', str(written))} --data FILE", quiet)
