@@ -59,7 +59,7 @@ def measure(shared: Path) -> dict[str, Any]:
 
 
 def _one(data: Path, name: str, seed: int) -> tuple[float, int]:
-    model, tokenizer = weft.load_base(base_path(), task="classification", num_labels=2)
+    model, tokenizer = weft.load_base(base_path(), task="classification", labels=["negative", "positive"])
     torch.manual_seed(seed)
     nn.init.normal_(model.classifier.weight, std=0.02)
     nn.init.zeros_(model.classifier.bias)
