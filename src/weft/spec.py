@@ -222,7 +222,7 @@ def _check(spec: LoraSpec) -> None:
         ("alpha_pattern", lambda value: _is_number(value) and value != 0, "a finite number other than 0"),
     ):
         for pattern, value in getattr(spec, name).items():
-            if not isinstance(pattern, str) or not _compiles(pattern):
+            if not isinstance(pattern, str) or not _compiles(rf"(.*\.)?({pattern})$"):
                 raise SpecError(f"LoraSpec.{name}: {pattern!r} is not a regular expression")
             if not allowed(value):
                 raise SpecError(f"LoraSpec.{name}[{pattern!r}]: got {value!r}; expected {expected}")
