@@ -26,7 +26,7 @@ from weft.core.sites import Site, SiteMap, find_sites
 from weft.core.slots import Placed, Slot, State, hold, let_go, place, restore, slot_key
 from weft.core.surroundings import Surroundings
 from weft.core.tree import Node, by_path, walk
-from weft.core.whole import WholeSite, copy_whole, tie_copies
+from weft.core.whole import copy_whole, place_whole, tie_copies
 from weft.errors import BankError, did_you_mean, some_names
 from weft.identity import Fingerprint, fingerprint
 from weft.spec import LoraSpec
@@ -386,7 +386,7 @@ class Bank:
             entry.whole[path] = clone
         tie_copies(pairs)
         for path, (module, clone) in zip(paths, pairs, strict=True):
-            place(module, WholeSite, path=path).whole[name] = clone
+            place_whole(module, path).whole[name] = clone
             self._owners.setdefault(path, module)
             hold(module, slot_key(name), clone)
 

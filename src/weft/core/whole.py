@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from weft.core.slots import State
+from weft.core.slots import State, place
+from weft.errors import SpecError, some_names
 
-__all__ = ["WholeSite", "copy_whole", "tie_copies"]
+__all__ = ["SequenceSite", "WholeSite", "copy_whole", "place_whole", "tie_copies"]
 
 _Base = nn.Module if TYPE_CHECKING else object
+_Sequence = nn.Sequential if TYPE_CHECKING else object
 
 
 class WholeSite(_Base):
@@ -23,6 +27,38 @@ class WholeSite(_Base):
         """Whatever the module takes and gives."""
         chosen = self._weft.active_whole
         return super().forward(*args, **kwargs) if chosen is None else chosen(*args, **kwargs)
+
+
+class SequenceSite(_Sequence):
+    """nn.Sequential runs all of its children: what weft keeps there is none of them."""
+
+    _weft: State
+
+    def __len__(self) -> int:
+        return super().__len__() - ("weft" in self._modules)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return itertools.islice(super().__iter__(), len(self))
+
+    def __getitem__(self, index: Any) -> Any:
+        """One module, or a plain sequence of several."""
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else list(self)[index]
+
+
+def place_whole(module: nn.Module, path: str) -> State:
+    """Let copies stand in for a module.
+
+    Raises:
+        SpecError: a container that is never called, so that a copy of it would never be used.
+    """
+    if type(module).forward is nn.Module.forward:
+        raise SpecError(
+            f"LoraSpec.save_modules: {path!r} is a {type(module).__name__}, which has no forward of its own: a copy of it would never be "
+            f"used. Name what is inside of it: {some_names(f'{path}.{name}' for name in module._modules)}"
+        )
+    if isinstance(module, nn.Sequential):
+        place(module, SequenceSite, path=path)
+    return place(module, WholeSite, path=path)
 
 
 def copy_whole(module: nn.Module) -> nn.Module:

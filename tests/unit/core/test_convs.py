@@ -32,7 +32,9 @@ SHAPES: list[dict[str, Any]] = [
 ]
 
 
-def one(dimensions: int, dtype: torch.dtype = torch.float64, spec: dict[str, Any] | None = None, **conv: Any) -> tuple[nn.Module, Bank]:
+def one(
+    dimensions: int, dtype: torch.dtype = torch.float64, spec: dict[str, Any] | None = None, **conv: Any
+) -> tuple[nn.Module, Bank]:
     """A convolution of 4 channels in a Sequential, and a bank with random factors."""
     model = nn.Sequential(KINDS[dimensions](4, 6, **conv)).to(dtype)
     bank = attach(model, {"a": LoraSpec(**({"rank": 2, "targets": ["0"]} | (spec or {})))})
@@ -96,7 +98,9 @@ def test_groups(dimensions: int, groups: int) -> None:
     got = grads_of(bank, "a"), x.grad.clone()
     x.grad = slot.lora_A.grad = slot.lora_B.grad = None
     thin = conv(x, slot.lora_A, None, 2, 1)
-    plain = conv(x, layer.weight, layer.bias, 2, 1, 1, groups) + slot.scale * conv(thin, slot.lora_B.view(8, -1, *(1,) * dimensions), groups=groups)
+    plain = conv(x, layer.weight, layer.bias, 2, 1, 1, groups) + slot.scale * conv(
+        thin, slot.lora_B.view(8, -1, *(1,) * dimensions), groups=groups
+    )
     plain.square().sum().backward()
     for name, expected in grads_of(bank, "a").items():
         assert_close(got[0][name], expected, what=name)
@@ -123,7 +127,9 @@ def test_dropout_drops_what_was_drawn(p: float, seed: int) -> None:
     torch.manual_seed(seed)
     mask = dropping.drop(torch.ones_like(x), dropping.draw(x, p)) / (1 - p)
     bank.use(None)
-    expected = model(x) + slot.scale * F.conv2d(F.conv2d(x * mask, slot.lora_A, None, 2, 1), slot.lora_B.view(6, 2, 1, 1))
+    expected = model(x) + slot.scale * F.conv2d(
+        F.conv2d(x * mask, slot.lora_A, None, 2, 1), slot.lora_B.view(6, 2, 1, 1)
+    )
     assert_close(y, expected)
     wanted = [x, slot.lora_A, slot.lora_B]
     for left, right in zip(torch.autograd.grad(y.square().sum(), wanted),
@@ -208,7 +214,9 @@ def test_a_convolution_with_a_forward_of_its_own_keeps_it() -> None:
 
 
 def test_in_place_activations_may_follow() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(120, 3), nn.ReLU(inplace=True))
+    model = nn.Sequential(
+        nn.Conv2d(4, 6, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(120, 3), nn.ReLU(inplace=True)
+    )
     before = State(model)
     with attach(model, {"a": LoraSpec(rank=2, targets=["0", "3"])}) as bank:
         fill(bank)
