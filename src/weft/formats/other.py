@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ def _setting(settings: Mapping[str, Any], module: str, alpha: float | None, rank
     usual = settings.get("lora_alpha", alpha if alpha is not None else rank)
     try:
         value = first_match(patterns, module, usual) if isinstance(patterns, dict) else usual
-    except (ValueError, TypeError, RecursionError) as problem:
+    except (ValueError, TypeError, RecursionError, re.error) as problem:
         raise ShapeError(f"lora_adapter_metadata: no usable alpha_pattern ({problem})") from None
     if not is_number(value) or not value:
         raise ShapeError(f"lora_adapter_metadata: alpha is {json.dumps(value)[:60]}; expected a number other than 0")

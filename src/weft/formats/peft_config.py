@@ -50,16 +50,21 @@ def _is_pattern(value: Any) -> bool:
     return True
 
 
+def _is_ending(value: Any) -> bool:
+    """An expression for the end of a path, as patterns have it: ``(?i)`` can't stand in the middle."""
+    return _is_pattern(value) and _is_pattern(rf"(.*\.)?({value})$")
+
+
 def _is_targets(value: Any) -> bool:
     return _is_pattern(value) or _is_names(value)
 
 
 def _is_ranks(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_pattern(key) and _is_rank(item) for key, item in value.items())
+    return isinstance(value, dict) and all(_is_ending(key) and _is_rank(item) for key, item in value.items())
 
 
 def _is_alphas(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_pattern(key) and is_number(item) and item != 0 for key, item in value.items())
+    return isinstance(value, dict) and all(_is_ending(key) and is_number(item) and item != 0 for key, item in value.items())
 
 
 def _is_layers(value: Any) -> bool:

@@ -309,7 +309,7 @@ FIELDS: list[tuple[str, Any]] = [
     ("r", 0), ("r", -4), ("r", 4.5), ("r", "4"), ("r", True), ("r", [4]), ("lora_alpha", "8"), ("lora_alpha", 0), ("lora_alpha", [8]), ("lora_alpha", 10**400), ("r", 10**400), ("rank_pattern", {"q": 10**400}),
     ("lora_dropout", 1.0), ("lora_dropout", -0.1), ("target_modules", 3), ("target_modules", [3]), ("target_modules", [""]), ("target_modules", "(("),
     ("target_modules", {"a": 1}), ("target_modules", "a" * 70_000), ("modules_to_save", "score"), ("modules_to_save", [None]), ("bias", "some"), ("bias", ["none"]),
-    ("rank_pattern", {"q": 0}), ("rank_pattern", {"(": 2}), ("rank_pattern", [1]), ("alpha_pattern", {"q": "x"}), ("layers_to_transform", [-1]),
+    ("rank_pattern", {"q": 0}), ("rank_pattern", {"(": 2}), ("alpha_pattern", {"(?i)Q": 2}), ("rank_pattern", [1]), ("alpha_pattern", {"q": "x"}), ("layers_to_transform", [-1]),
     ("layers_to_transform", "0"), ("layers_pattern", 7), ("use_dora", "yes"), ("use_rslora", 1), ("lora_bias", None.__class__.__name__), ("fan_in_fan_out", 2),
     ("enable_lora", [1, 0]), ("enable_lora", []), ("target_parameters", "x"), ("init_lora_weights", 3), ("peft_type", 3), ("base_model_name_or_path", 3),
 ]  # fmt: skip
