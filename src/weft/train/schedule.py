@@ -20,6 +20,7 @@ FULL_RATE = 5e-5
 
 WIDTH_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
 SHORT_RUN = 100
+MEASURED_ALPHA = 32.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Facts:
         family: ``model_type`` of its config.
         processes: training processes.
         cpu: it will run on a CPU.
+        alpha: scale times rank of the spec; its alpha, unless it is rank-stabilised.
     """
 
     features: int
@@ -43,6 +45,7 @@ class Facts:
     family: str = ""
     processes: int = 1
     cpu: bool = True
+    alpha: float = 32.0
 
 
 @dataclass(frozen=True)
@@ -76,18 +79,19 @@ class Schedule:
         return self.steps / self.steps_per_epoch
 
 
-def learning_rate_for(width: int, family: str, steps: int) -> tuple[float, str]:
+def learning_rate_for(width: int, family: str, steps: int, alpha: float = MEASURED_ALPHA) -> tuple[float, str]:
     """The rule for LoRA's learning rate, and how it came to its number, in words.
 
-    ``5e-5 · m · (2000 / width) ** p``: full fine-tuning's rate at a width of 2000, times m = 10, or 15 in runs of
+    ``5e-5 · m · (2000 / width) ** p · 32 / alpha``: full fine-tuning's rate at a width of 2000, times m = 10, or 15 in runs of
     fewer than 100 steps, times a power of the width that depends on the family: p = 0.781 for Llama, 0.0775 for Qwen,
-    and 0 for those that were not measured. It is nearly independent of the rank (4 to 512, with alpha 32). It was measured at widths
-    above 1000, and found to hold for a Llama of width 64 as well.
+    and 0 for those that were not measured. It is nearly independent of the rank (4 to 512) where alpha is 32. With another alpha,
+    the last factor (at most 8, at least 1/8) keeps the first steps of ΔW: Adam moves B by the learning rate, whatever the scale.
 
     Args:
         width: hidden size of the base; 0: unknown.
         family: ``model_type`` of its config.
         steps: optimizer steps of the run.
+        alpha: scale times rank.
 
     Source:
         Schulman et al. 2025, LoRA Without Regret (thinkingmachines.ai/blog/lora), and the widths' exponents of the
@@ -95,12 +99,13 @@ def learning_rate_for(width: int, family: str, steps: int) -> tuple[float, str]:
     """
     times = 15 if steps < SHORT_RUN else 10
     exponent = next((value for name, value in WIDTH_EXPONENTS.items() if family.lower().startswith(name)), 0.0)
-    rate = FULL_RATE * times * ((2000 / width) ** exponent if width else 1.0)
+    scaled = min(8.0, max(1 / 8, MEASURED_ALPHA / abs(alpha)))
+    rate = scaled * FULL_RATE * times * ((2000 / width) ** exponent if width else 1.0)
     rounded = float(f"{rate:.2g}")
     run = f"a run of {steps} steps" if steps < SHORT_RUN else "LoRA"
     return (
         rounded,
-        f"{rounded:g}: {times} x full fine-tuning's, for {run} on {family or 'a base'} of width {width or 'unknown'}",
+        f"{rounded:g}: {times} x full fine-tuning's, for {run} on {family or 'a base'} of width {width or 'unknown'}, alpha {alpha:g}",
     )
 
 
@@ -115,7 +120,7 @@ def settle(recipe: Recipe, facts: Facts) -> Schedule:
     per_epoch = max(1, math.ceil(batches / recipe.accumulation))
     steps = recipe.max_steps or max(1, math.ceil((recipe.epochs or 3) * per_epoch))
     warmup = _warmup(recipe, steps)
-    rate, reason = learning_rate_for(facts.width, facts.family, steps)
+    rate, reason = learning_rate_for(facts.width, facts.family, steps, facts.alpha)
     if recipe.learning_rate is not None:
         rate, reason = recipe.learning_rate, f"{recipe.learning_rate:g}: as the recipe says"
     eval_every, save_every = _intervals(recipe, steps)

@@ -178,8 +178,8 @@ class _Call:
 def _train(call: _Call, job: _Job, texts: Texts, model: nn.Module, tokenizer: Any) -> Run:
     recipe, folder = job.recipe, call.folder
     inputs = prepare(recipe, texts, model, tokenizer)
-    schedule = settle(recipe, _facts(inputs, model, recipe))
     spec = with_head(job.spec, model) if inputs.train.kind == "classification" else job.spec
+    schedule = settle(recipe, _facts(inputs, model, recipe, spec))
     batches = inputs.first_batches(recipe) if spec.init in ("eva", "lora_ga") else None
     recipe = recipe.replace(spec=spec, kind=texts.kind, max_length=inputs.max_length)
     with attach(model, {SLOT: spec}, batches=batches, seed=recipe.seed) as bank:
@@ -326,7 +326,7 @@ def _check_same(folder: Folder, known: Mapping[str, Any]) -> None:
         )
 
 
-def _facts(inputs: Inputs, model: nn.Module, recipe: Recipe) -> Facts:
+def _facts(inputs: Inputs, model: nn.Module, recipe: Recipe, spec: LoraSpec) -> Facts:
     import torch
 
     config: Any = getattr(model, "config", None)
@@ -340,6 +340,7 @@ def _facts(inputs: Inputs, model: nn.Module, recipe: Recipe) -> Facts:
         family=str(getattr(config, "model_type", "")),
         processes=_processes(),
         cpu=recipe.device == "cpu" or not torch.cuda.is_available(),
+        alpha=spec.scale_at("") * spec.rank_at(""),
     )
 
 

@@ -153,6 +153,8 @@ def test_the_best_checkpoint_comes_back_and_rotation_spares_it(tmp_path: Path) -
     trainer.evaluation_loop = loop  # type: ignore[method-assign]
     trainer.train()
     assert checkpoints.steps(Path(trainer.args.output_dir)) == [2, 8]
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in factors(trainer).items())
+    checkpoints.load_state(checkpoints.path_of(Path(trainer.args.output_dir), 8) / checkpoints.STATE, trainer._trained)
     assert any(not torch.equal(tensor, kept[name]) for name, tensor in factors(trainer).items())
     assert trainer.restore_best() == 2
     assert all(torch.equal(tensor, kept[name]) for name, tensor in factors(trainer).items())
