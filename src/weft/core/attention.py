@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from weft.core import ops
 from weft.core.ops import Operand
 from weft.core.slots import State
+from weft.errors import ShapeError
 
 __all__ = ["AttentionSite"]
 
@@ -41,9 +42,10 @@ class AttentionSite(_Base):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(L, N, E) or (N, L, E) with ``batch_first``, or (L, E) -> the same, and weights (N, L, S) or None."""
-        if not _is_adapted(self) or not _is_clear(query, attn_mask, key_padding_mask, is_causal):
+        if not _is_adapted(self):
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
                                    is_causal)  # fmt: skip
+        _check_call(query, attn_mask, key_padding_mask, is_causal)
         batched = query.dim() == 3
         q_NLE, k_NSE, v_NSE = _project(self, *(_to_NLE(self, item) for item in (query, key, value)))
         mask = _mask(self, q_NLE, k_NSE.shape[1], attn_mask, key_padding_mask, batched)
@@ -79,10 +81,23 @@ def _is_adapted(module: AttentionSite) -> bool:
     )
 
 
-def _is_clear(query: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> bool:
-    """What PyTorch's own forward refuses, it is given, so that the refusal is PyTorch's."""
-    known = all(item is None or item.dtype == torch.bool or item.is_floating_point() for item in (mask, padding))
-    return known and query.dim() in (2, 3) and not (is_causal and mask is None)
+def _check_call(query: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> None:
+    """Refuse what PyTorch's own forward refuses.
+
+    Raises:
+        ShapeError: an input of other than 2 or 3 dimensions, a mask of integers, ``is_causal`` without a mask.
+    """
+    if query.is_nested or query.dim() not in (2, 3):
+        raise ShapeError(
+            f"an adapted nn.MultiheadAttention takes (L, E) or batches of it, got {'a nested tensor' if query.is_nested else tuple(query.shape)}"
+        )
+    for name, item in (("attn_mask", mask), ("key_padding_mask", padding)):
+        if item is not None and item.dtype != torch.bool and not item.is_floating_point():
+            raise ShapeError(f"{name} is {item.dtype}; expected bool (True: may not look) or floating point (is added)")
+    if is_causal and mask is None:
+        raise ShapeError(
+            "is_causal=True is a hint that attn_mask is causal, and there is no attn_mask; pass one, as nn.MultiheadAttention wants it"
+        )
 
 
 def _to_NLE(module: AttentionSite, x: Tensor) -> Tensor:
