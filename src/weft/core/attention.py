@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from weft.core import ops
 from weft.core.ops import Operand
-from weft.core.slots import State
-from weft.errors import ShapeError
+from weft.core.slots import State, place
+from weft.errors import ShapeError, SpecError
 
-__all__ = ["AttentionSite"]
+__all__ = ["AttentionSite", "place_attention"]
 
 _Base = nn.MultiheadAttention if TYPE_CHECKING else object
 
@@ -67,6 +67,22 @@ class AttentionSite(_Base):
         if not batched:
             return out.squeeze(0), weights
         return (out if self.batch_first else out.transpose(0, 1)), weights
+
+
+def place_attention(module: nn.Module, path: str) -> nn.Module:
+    """Let an attention compute with updates.
+
+    Raises:
+        SpecError: a subclass with a forward of its own.
+    """
+    original = getattr(type(module), "_weft_original", type(module))
+    if original.forward is not nn.MultiheadAttention.forward:
+        raise SpecError(
+            f"{path!r} is a {original.__name__}, an nn.MultiheadAttention with a forward of its own, which weft can't compute; leave it "
+            "out with exclude=[…]"
+        )
+    place(module, AttentionSite, path=path)
+    return module
 
 
 def _is_adapted(module: AttentionSite) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from weft.adapter import Adapter, Provenance
 from weft.core import loading
-from weft.core.attention import AttentionSite
+from weft.core.attention import place_attention
 from weft.core.filling import loaded_slot, snapshot, start_slot, to_cpu
 from weft.core.groups import form_groups
 from weft.core.inits import initialise
@@ -349,9 +349,7 @@ class Bank:
             self._owners.setdefault(site.owner, module)
             if site.kind == "attention" or site.host is not None:
                 host_path = site.owner if site.host is None else site.host
-                host = self.model.get_submodule(host_path)
-                place(host, AttentionSite, path=host_path)
-                self._owners.setdefault(host_path, host)
+                self._owners.setdefault(host_path, place_attention(self.model.get_submodule(host_path), host_path))
             self._placed[site.path] = state.sites[site.weight_name] = Placed(site)
         hold(module, _child(slot_key(name), site.weight_name), slot)
         self._placed[site.path].slots[name] = slot

@@ -130,6 +130,18 @@ class LazyWeight:
         return func(*plain, **{name: _dense(item) for name, item in kwargs.items()})
 
 
+def _on_dense(name: str) -> Callable[..., Any]:
+    def operate(self: LazyWeight, *others: Any) -> Any:
+        return getattr(self.dense(), name)(*(_dense(other) for other in others))
+
+    return operate
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow", "neg", "pos", "abs",
+              "eq", "ne", "lt", "le", "gt", "ge"):  # fmt: skip
+    setattr(LazyWeight, f"__{_name}__", _on_dense(f"__{_name}__"))
+
+
 def lazy_weight(placed: Placed, slot: Slot, weight: Tensor) -> Any:
     """What reading an adapted parameter gives; under a compiler the dense weight."""
     A, B = slot.pair()

@@ -12,7 +12,7 @@ from tests.tolerances import assert_close
 from tests.unit.core.support import State, fill, grads_of, made, saved_tensors, spread
 from weft.core import dropout as dropping
 from weft.core.bank import Bank, attach
-from weft.errors import ShapeError, TargetError
+from weft.errors import ShapeError, SpecError, TargetError
 from weft.spec import LoraSpec
 
 N, L, S, E, H = 3, 5, 7, 8, 2
@@ -137,7 +137,7 @@ def test_keys_and_values_of_other_widths_have_an_out_proj_alone() -> None:
 def test_gradients_of_the_factors() -> None:
     ours, bank, _ = attached()
     x, y = tokens(L), tokens(S)
-    factors = {name: p for name, p in bank.named_parameters("a")}
+    factors = dict(bank.named_parameters("a"))
     leaves = {name: p.detach().clone().requires_grad_() for name, p in factors.items()}
     A, B = leaves["attn.weft.a:in_proj_weight.lora_A"], leaves["attn.weft.a:in_proj_weight.lora_B"]
     C, D = leaves["attn.out_proj.weft.a.lora_A"], leaves["attn.out_proj.weft.a.lora_B"]
@@ -169,6 +169,19 @@ def test_what_pytorch_refuses_is_refused(settings: dict[str, Any], text: str) ->
     bank.use("a")
     with pytest.raises(ShapeError, match=r"got \(3, 5, 8, 1\)"):
         ours(x[..., None], x, x)
+
+
+@pytest.mark.parametrize("targets", [["attn"], ["attn.out_proj"]], ids=str)
+def test_a_subclass_with_a_forward_of_its_own_is_refused(targets: list[str]) -> None:
+    class Other(nn.MultiheadAttention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    model = nn.ModuleDict({"first": nn.Linear(E, E), "attn": Other(E, H)})
+    before = State(model)
+    with pytest.raises(SpecError, match="a forward of its own"):
+        attach(model, LoraSpec(targets=["first", *targets]))
+    before.check()
 
 
 def test_the_base_is_pytorchs_own() -> None:
