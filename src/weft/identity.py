@@ -105,7 +105,7 @@ def fingerprint(model: nn.Module, weights: Iterable[tuple[str, Tensor]] | None =
         content.update(f"{name}:{seen[key][0]};".encode())
         rounded.update(f"{name}:{seen[key][1]};".encode())
     config = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else None
+    settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else None
     return Fingerprint(
         architecture=type(model).__name__,
         config=_hash_json(_settled(settings)) if settings else "",
@@ -137,7 +137,7 @@ def hash_tensor(tensor: Tensor, sample: bool = False) -> str:
         step = max(1, flat.numel() * flat.element_size() // _SAMPLE_BYTES)
         flat = flat[::step]
     raw = flat.cpu().contiguous().view(torch.uint8)
-    return hashlib.sha256(memoryview(raw.numpy())).hexdigest()
+    return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
 def _settled(settings: Any) -> Any:

@@ -22,7 +22,10 @@ from weft.errors import ShapeError, SpecError
 
 __all__ = ["AttentionSite", "place_attention"]
 
-_Base = nn.MultiheadAttention if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    from torch.nn import MultiheadAttention as _Base
+else:
+    _Base = object
 
 
 class AttentionSite(_Base):
@@ -128,9 +131,9 @@ def _project(module: AttentionSite, query: Tensor, key: Tensor, value: Tensor) -
     slot = None if placed is None else placed.active
     width = module.embed_dim
     if not module._qkv_same_embed_dim:
-        weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+        weights: tuple[Tensor, ...] = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     else:
-        weights = list(module.in_proj_weight.chunk(3))
+        weights = module.in_proj_weight.chunk(3)
     A, B = slot.pair() if slot is not None else (None, None)
     p = slot.dropout if slot is not None and module.training else 0.0
     scale = slot.scale if slot is not None else 1.0
@@ -147,7 +150,7 @@ def _project(module: AttentionSite, query: Tensor, key: Tensor, value: Tensor) -
             parts.append(ops.linear(x, part))
         q, k, v = parts
     if slot is not None and slot.bias is not None:
-        own = (slot.scale * slot.bias).to(q.dtype).chunk(3)  # type: ignore[operator]
+        own = (slot.scale * slot.bias).to(q.dtype).chunk(3)
         q, k, v = q + own[0], k + own[1], v + own[2]
     return q, k, v
 
@@ -190,4 +193,4 @@ def _extend(module: AttentionSite, k: Tensor, v: Tensor, mask: Tensor | None) ->
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """(N, length, E) -> (N, H, length, E / H)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], heads, x.shape[-1] // heads).transpose(1, 2)

@@ -7,6 +7,7 @@ This module does not know which layer the update is for, only the kind of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -88,9 +89,8 @@ class Factors:
         named = {"lora_A": self.A, "lora_B": self.B, "magnitude": self.magnitude, "bias": self.bias}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-    def map(self, change: torch.nn.Module | object) -> Factors:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
         """A copy with ``change(tensor)`` in the place of every tensor."""
-        assert callable(change)
         new = {name: change(tensor) for name, tensor in self.tensors().items()}
         return replace(self, A=new["lora_A"], B=new["lora_B"], magnitude=new.get("magnitude"), bias=new.get("bias"))
 
@@ -198,7 +198,7 @@ def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
 
 def spread_groups(B: Tensor, groups: int) -> Tensor:
     """B of a grouped convolution, (d_out, r / groups) by group, as one block-diagonal (d_out, r)."""
-    return B if groups == 1 else torch.block_diag(*B.chunk(groups, dim=0))
+    return B if groups == 1 else torch.block_diag(*B.chunk(groups, dim=0))  # type: ignore[no-untyped-call]
 
 
 def compact_groups(B: Tensor, groups: int) -> Tensor:

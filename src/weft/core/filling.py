@@ -64,8 +64,8 @@ def snapshot(site: Site, slot: Slot) -> Factors:
     magnitude, bias = slot.magnitude, slot.bias
     return Factors(
         A, B, slot.scale, "attention" if site.host is not None else site.kind, site.kernel,
-        None if magnitude is None else to_cpu(magnitude),  # type: ignore[arg-type]
-        None if bias is None else to_cpu(bias),  # type: ignore[arg-type]
+        None if magnitude is None else to_cpu(magnitude),
+        None if bias is None else to_cpu(bias),
         site.groups,
     )  # fmt: skip
 

@@ -37,7 +37,7 @@ def gated_mlp(x: Tensor, gate: Operand, up: Operand, down: Operand) -> Tensor:
     sites = (gate, up, down)
     tensors = [tensor for site in sites for tensor in (site.W, site.b, site.A, site.B)]
     meta = tuple((site.scale, site.p) for site in sites)
-    result: Tensor = _GatedMLP.apply(x, meta, *tensors)
+    result: Tensor = _GatedMLP.apply(x, meta, *tensors)  # type: ignore[no-untyped-call]
     return result
 
 

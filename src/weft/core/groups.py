@@ -112,8 +112,8 @@ class Group:
         for module, placed in self.members:
             slot = placed.active
             slots += [id(slot), module.training]
-            if slot is not None and not slot.lora_A.is_inference():  # type: ignore[union-attr,operator]
-                slots += [slot.lora_A._version, slot.lora_B._version]  # type: ignore[union-attr]
+            if slot is not None and not slot.lora_A.is_inference():
+                slots += [slot.lora_A._version, slot.lora_B._version]
         return tuple(slots)
 
 
@@ -121,21 +121,31 @@ def _joins(module: nn.Module, placed: Placed) -> bool:
     return placed.active is not None and placed.active.plain and not is_watched(module)
 
 
-class GatedMLPSite(nn.Module if TYPE_CHECKING else object):  # type: ignore[misc]
+if TYPE_CHECKING:
+    from torch.nn import Module as _Base
+else:
+    _Base = object
+
+
+class GatedMLPSite(_Base):
     """A block ``down_proj(act(gate_proj(x)) * up_proj(x))`` with SiLU, computed whole."""
 
     _weft: State
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        children: tuple[nn.Module, ...] = (self.gate_proj, self.up_proj, self.down_proj)  # type: ignore[assignment]
+        children: tuple[nn.Module, ...] = (self.gate_proj, self.up_proj, self.down_proj)
         act = self.act_fn
         known = act is self._weft.extra.get("act_fn") and not (isinstance(act, nn.Module) and is_watched(act))
-        if torch.compiler.is_compiling() or _has_any_global_hook() or not (known and all(map(_fits, children))):
-            return super().forward(x)  # type: ignore[misc,no-any-return]
-        placed = [child._weft.sites["weight"] if "_weft" in child.__dict__ else None for child in children]
+        if torch.compiler.is_compiling() or _has_any_global_hook() or not (known and all(map(_fits, children))):  # type: ignore[no-untyped-call]
+            return super().forward(x)  # type: ignore[no-any-return]
+        states: list[State | None] = [child.__dict__.get("_weft") for child in children]
+        placed = [None if state is None else state.sites["weight"] for state in states]
         if not torch.is_grad_enabled() or all(item is None or item.active is None for item in placed):
-            return super().forward(x)  # type: ignore[misc,no-any-return]
+            return super().forward(x)  # type: ignore[no-any-return]
         gate, up, down = (_operand(child, item) for child, item in zip(children, placed, strict=True))
         return gated_mlp(x, gate, up, down)
 
@@ -180,7 +190,8 @@ def is_gated_mlp(module: nn.Module) -> bool:
     if "forward" in module.__dict__:
         return False
     state: State | None = module.__dict__.get("_weft")
-    code = getattr((type(module) if state is None else state.original).forward, "__code__", None)
+    cls: Any = type(module) if state is None else state.original
+    code = getattr(cls.forward, "__code__", None)
     if code is None or (code.co_code, code.co_names) not in _SIGNATURES:
         return False
     act = getattr(module, "act_fn", None)

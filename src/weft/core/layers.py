@@ -29,7 +29,10 @@ __all__ = [
     "row_norms",
 ]
 
-_Base = nn.Module if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    from torch.nn import Module as _Base
+else:
+    _Base = object
 
 
 class LinearSite(_Base):
@@ -42,12 +45,12 @@ class LinearSite(_Base):
         placed = self._weft.sites["weight"]
         slot = placed.active
         if slot is None:
-            return super().forward(*args, **kwargs)  # type: ignore[misc,no-any-return]
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         if placed.group is not None and not torch.compiler.is_compiling():
             return placed.group(placed, x)  # type: ignore[no-any-return]
         if not is_ours(self, placed):
-            base: Tensor = super().forward(*args, **kwargs)  # type: ignore[misc]
+            base: Tensor = super().forward(*args, **kwargs)
             return _beside(self, placed, slot, x, base)
         return adapted_linear(self, placed, x)
 
@@ -85,7 +88,7 @@ def adapted_linear(module: nn.Module, placed: Placed, x: Tensor) -> Tensor:
     weight: Tensor = module.weight  # type: ignore[assignment]
     factor = magnitude_factor(placed, slot, weight.t() if placed.site.transposed else weight).to(out.dtype)
     bias = module.bias
-    return out * factor if bias is None else out * factor + bias.to(out.dtype)  # type: ignore[union-attr,operator]
+    return out * factor if bias is None else out * factor + bias.to(out.dtype)  # type: ignore[operator]
 
 
 def _beside(module: nn.Module, placed: Placed, slot: Slot, x: Tensor, base: Tensor) -> Tensor:
@@ -95,14 +98,14 @@ def _beside(module: nn.Module, placed: Placed, slot: Slot, x: Tensor, base: Tens
     update = _add_own_bias(update, slot)
     if slot.magnitude is None:
         return base + update.to(base.dtype)
-    weight = module.weight.dequantize() if hasattr(module.weight, "dequantize") else module.weight  # type: ignore[union-attr,operator]
+    weight = module.weight.dequantize() if hasattr(module.weight, "dequantize") else module.weight  # type: ignore[operator]
     factor = magnitude_factor(placed, slot, weight).to(base.dtype)  # type: ignore[arg-type]
     bias = module.bias if module.bias is not None else 0.0
-    return (base - bias + update.to(base.dtype)) * factor + bias  # type: ignore[operator,no-any-return]
+    return (base - bias + update.to(base.dtype)) * factor + bias  # type: ignore[operator]
 
 
 def _add_own_bias(out: Tensor, slot: Slot) -> Tensor:
-    return out if slot.bias is None else out + (slot.scale * slot.bias).to(out.dtype)  # type: ignore[operator]
+    return out if slot.bias is None else out + (slot.scale * slot.bias).to(out.dtype)
 
 
 def magnitude_factor(placed: Placed, slot: Slot, weight: Tensor) -> Tensor:
@@ -113,7 +116,8 @@ def magnitude_factor(placed: Placed, slot: Slot, weight: Tensor) -> Tensor:
     """
     A, B = (tensor.detach() for tensor in slot.pair())
     norms = row_norms(weight.detach(), A, B, slot.scale, placed.site.groups)
-    return slot.magnitude / norms.to(slot.magnitude.dtype)  # type: ignore[union-attr,operator,return-value]
+    assert slot.magnitude is not None
+    return slot.magnitude / norms.to(slot.magnitude.dtype)
 
 
 def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float, groups: int = 1) -> Tensor:
@@ -137,25 +141,26 @@ class ConvSite(_Base):
     """Conv1d, Conv2d, Conv3d with stride, padding (also ``"same"`` and non-zero modes), dilation and groups."""
 
     _weft: State
+    weight: Tensor
+    bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, *size) or (C, *size) -> the layer's own output shape."""
         placed = self._weft.sites["weight"]
         slot = placed.active
         if slot is None:
-            return super().forward(input)  # type: ignore[misc,no-any-return]
-        bias: Tensor | None = self.bias  # type: ignore[assignment]
+            return super().forward(input)  # type: ignore[no-any-return]
+        bias = self.bias
         ours = is_ours(self, placed)
         if ours and slot.plain:
             return convolve(self, slot, input, bias)
         channels = (-1, *(1 for _ in placed.site.kernel))
         out = convolve(self, slot, input, bias if slot.magnitude is None else None, alone=not ours)
-        out = out if ours else out + super().forward(input)  # type: ignore[misc]
+        out = out if ours else out + super().forward(input)
         if slot.bias is not None:
-            out = out + (slot.scale * slot.bias).to(out.dtype).view(channels)  # type: ignore[operator]
+            out = out + (slot.scale * slot.bias).to(out.dtype).view(channels)
         if slot.magnitude is not None:
-            weight: Tensor = self.weight  # type: ignore[assignment]
-            out = out * magnitude_factor(placed, slot, weight).to(out.dtype).view(channels)
+            out = out * magnitude_factor(placed, slot, self.weight).to(out.dtype).view(channels)
             out = out if bias is None else out + bias.view(channels)
         return out
 
@@ -164,24 +169,25 @@ class EmbeddingSite(_Base):
     """Embedding: the update of row t is ``scale · B A[:, t]``; also embeddings that scale their output."""
 
     _weft: State
+    weight: Tensor
+    padding_idx: int | None
+    scale_grad_by_freq: bool
 
     def forward(self, input: Tensor) -> Tensor:
         """(...) of ids -> (..., width)."""
         placed = self._weft.sites["weight"]
         slot = placed.active
-        base: Tensor = super().forward(input)  # type: ignore[misc]
+        base: Tensor = super().forward(input)
         if slot is None:
             return base
         A, B = slot.pair()
-        padding: int | None = self.padding_idx  # type: ignore[assignment]
-        thin = F.embedding(input, A.t(), padding_idx=padding, scale_grad_by_freq=self.scale_grad_by_freq)  # type: ignore[arg-type]
+        thin = F.embedding(input, A.t(), padding_idx=self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         update = F.linear(thin, B) * slot.scale
         multiplier = getattr(self, "embed_scale", 1.0)
         update = update * (multiplier.to(update.dtype) if isinstance(multiplier, Tensor) else multiplier)
         if slot.magnitude is None:
             return base + update.to(base.dtype)
-        weight: Tensor = self.weight  # type: ignore[assignment]
-        return (base + update.to(base.dtype)) * magnitude_factor(placed, slot, weight.t()).to(base.dtype)
+        return (base + update.to(base.dtype)) * magnitude_factor(placed, slot, self.weight.t()).to(base.dtype)
 
 
 _MIXINS: dict[Kind, type] = {"linear": LinearSite, "conv": ConvSite, "embedding": EmbeddingSite}

@@ -101,7 +101,7 @@ def linears(x: Tensor, sites: Sequence[Operand]) -> tuple[Tensor, ...]:
         x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
     )
     if wants_grad:
-        outputs: tuple[Tensor, ...] = _Linears.apply(x, meta, *tensors)
+        outputs: tuple[Tensor, ...] = _Linears.apply(x, meta, *tensors)  # type: ignore[no-untyped-call]
         return outputs
     with torch.autocast(x.device.type, enabled=False):
         flat = x.reshape(-1, x.shape[-1])
@@ -120,7 +120,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def unpack(meta: Sequence[tuple[float, float]], tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Operand]:
     """Operands in one dtype from the flat list that autograd wants."""
     cast = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-    return [Operand(*cast[4 * k : 4 * k + 4], scale, p) for k, (scale, p) in enumerate(meta)]
+    fours = zip(cast[0::4], cast[1::4], cast[2::4], cast[3::4], meta, strict=True)
+    return [Operand(W, b, A, B, scale, p) for W, b, A, B, (scale, p) in fours]
 
 
 def stack_A(sites: Sequence[Operand]) -> Tensor | None:
@@ -165,7 +166,8 @@ def columns(wide: Tensor | None, sites: Sequence[Operand]) -> list[Tensor | None
     ranks = [0 if site.A is None else site.A.shape[0] for site in sites]
     if wide is None:
         return [None] * len(sites)
-    return [part if rank else None for rank, part in zip(ranks, wide.split(ranks, dim=1), strict=True)]
+    parts = torch.split(wide, ranks, dim=1)
+    return [part if rank else None for rank, part in zip(ranks, parts, strict=True)]
 
 
 def _output(x: Tensor, part: Tensor | None, site: Operand) -> Tensor:

@@ -105,7 +105,8 @@ class LazyWeight:
         return self.dense() @ other
 
     def __rmatmul__(self, other: Tensor) -> Tensor:
-        return _matmul(other, self)
+        result: Tensor = _matmul(other, self)
+        return result
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

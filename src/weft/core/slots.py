@@ -32,6 +32,12 @@ class Slot(nn.Module):
 
     scale: float
     dropout: float
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor | None
+    bias: Tensor | None
+    start_A: Tensor | None
+    start_B: Tensor | None
 
     def __init__(
         self,
@@ -177,9 +183,10 @@ def _override(name: str) -> property:
     """Reading the parameter gives what the state says: None the base's, a tensor itself, a function its result."""
 
     def get(self: nn.Module) -> Any:
-        value = self._weft.values[name]  # type: ignore[union-attr]
+        state: State = self.__dict__["_weft"]
+        value = state.values[name]
         base = self._parameters[name]
-        if value is None:
+        if value is None or base is None:
             return base
         return value.to(base.dtype) if isinstance(value, Tensor) else value(base)
 

@@ -20,7 +20,10 @@ from weft.core.slots import place, restore
 
 __all__ = ["StatisticsSite", "Surroundings"]
 
-_Base = nn.modules.batchnorm._NormBase if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _NormBase as _Base
+else:
+    _Base = object
 
 
 class StatisticsSite(_Base):
@@ -29,7 +32,7 @@ class StatisticsSite(_Base):
     def forward(self, input: Tensor) -> Tensor:
         """The layer's own shape."""
         if not self.training or self.running_mean is None or self.running_var is None:
-            return super().forward(input)  # type: ignore[no-any-return,misc]
+            return super().forward(input)  # type: ignore[no-any-return]
         statistics = (self.running_mean, self.running_var, self.weight, self.bias)
         if isinstance(self, nn.modules.instancenorm._InstanceNorm):
             return F.instance_norm(input, *statistics, use_input_stats=False, momentum=0.0, eps=self.eps)

@@ -14,8 +14,14 @@ from weft.errors import SpecError, some_names
 
 __all__ = ["SequenceSite", "WholeSite", "copy_whole", "place_whole", "tie_copies"]
 
-_Base = nn.Module if TYPE_CHECKING else object
-_Sequence = nn.Sequential if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    from torch.nn import Module as _Base
+else:
+    _Base = object
+if TYPE_CHECKING:
+    from torch.nn import Sequential as _Sequence
+else:
+    _Sequence = object
 
 
 class WholeSite(_Base):

@@ -209,7 +209,7 @@ def decode(tensors: Mapping[str, Tensor], form: Form, scale: float, rank: int) -
         raise ShapeError(f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}, which is rank {A.shape[-2]} and {B.shape[-1]}; expected rank {rank}")
     if form == "in_proj" and B.shape[0] != 3 * A.shape[1]:
         raise ShapeError(f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}; expected 3 · {A.shape[1]} rows for query, key and value")
-    kind: Kind = "attention" if form in ("in_proj", "out_proj") else form
+    kind: Kind = "attention" if form == "in_proj" or form == "out_proj" else form
     magnitude = tensors.get("magnitude")
     if magnitude is not None:
         if magnitude.numel() != B.shape[-2]:
