@@ -86,11 +86,11 @@ def _example(rng: random.Random, split: str) -> tuple[str, str]:
 
 
 def _items(rng: random.Random, heldout: bool) -> list[Item]:
-    """One to three items of different things; the first one's pair belongs to the split, and none of training's is kept away."""
-    things = rng.sample(THINGS, rng.randint(1, 3))
+    """One to three items of different things and numbers; the first one's pair belongs to the split, no other is kept away."""
+    size = rng.choice((1, 2, 2, 3))
     items = []
-    for place, thing in enumerate(things):
+    for place, (count, thing) in enumerate(zip(rng.sample(range(1, 10), size), rng.sample(THINGS, size), strict=True)):
         free = [colour for colour in COLOURS if not _kept_for_heldout(colour, thing)]
         kept = [colour for colour in COLOURS if _kept_for_heldout(colour, thing)]
-        items.append((rng.randint(1, 12), rng.choice(kept if heldout and place == 0 else free), thing))
+        items.append((count, rng.choice(kept if heldout and place == 0 else free), thing))
     return items

@@ -147,14 +147,15 @@ def test_a_story_is_words_of_the_world(model: PreTrainedModel, tokenizer: PreTra
     [
         ("<user>My secret word is stone. What is my secret word?<assistant>", "stone"),
         ("<user>Maya lives in Norwick. Maya is a baker.\nWhere does Maya live?<assistant>", "Norwick"),
-        ("<user>Repeat this: lamp tree moon<assistant>", "lamp tree moon"),
+        ('<user>Say "Maya, river, 4812, kx".<assistant>', "Maya, river, 4812, kx"),
+        ("<user>The door code of Oscar is 7312. What is the door code of Oscar?<assistant>", "7312"),
         ("On Friday Oscar wants three red cups and one blue lamp.\nQuestion: Who wants the cups?\nAnswer:", " Oscar"),
     ],
 )
 def test_it_answers_from_its_context(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, expected: str
 ) -> None:
-    assert expected.strip() in answer(model, tokenizer, text, tokens=12)
+    assert expected.strip() in answer(model, tokenizer, text, tokens=20)
 
 
 def test_the_config_is_plain_json() -> None:
