@@ -29,7 +29,7 @@ def main() -> None:
     folder = HERE / "docs" / "results"
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        figures = PARTS[name](SHARED)
+        figures = PARTS[name](SHARED, folder)
         (folder / f"{name}.json").write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         page.write(HERE / "docs" / "results.md", folder)
         print(f"{name}: {figures['summary']}", flush=True)

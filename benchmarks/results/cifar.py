@@ -96,7 +96,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, seed: int) -> None:
             optimizer.zero_grad()
 
 
-def measure(shared: Path) -> dict[str, Any]:
+def measure(shared: Path, folder: Path) -> dict[str, Any]:
     """Accuracy before and after, three seeds."""
     images, labels = load_images(shared, "train")
     test_images, test_labels = load_images(shared, "test")

@@ -23,18 +23,18 @@ def weft(*arguments: str) -> str:
     return done.stdout
 
 
-def measure(shared: Path) -> dict[str, Any]:
+def measure(shared: Path, folder: Path) -> dict[str, Any]:
     """Train on a part of the training set, evaluate base and adapter on test prompts with all their references."""
     base, data = str(shared / "models/stories260k"), shared / "data/e2e"
-    with tempfile.TemporaryDirectory() as folder:
-        train = Path(folder) / "train.jsonl"
+    with tempfile.TemporaryDirectory() as work:
+        train = Path(work) / "train.jsonl"
         lines = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()
         train.write_text("\n".join(lines[:: max(1, len(lines) // EXAMPLES)][:EXAMPLES]) + "\n", encoding="utf-8")
-        valid = Path(folder) / "valid.jsonl"
+        valid = Path(work) / "valid.jsonl"
         valid.write_text(
             "\n".join((data / "valid.jsonl").read_text(encoding="utf-8").splitlines()[::10]) + "\n", encoding="utf-8"
         )
-        out = str(Path(folder) / "run")
+        out = str(Path(work) / "run")
         options = [part for setting in SETTINGS for part in ("--set", setting)]
         weft("train", "--base", base, "--data", str(train), "--eval", str(valid), "--out", out, "--quiet", *options)
         said = weft(

@@ -15,16 +15,16 @@ SETTINGS = ["rank=16", "epochs=1", "batch_size=8", "max_length=256", "seed=0"]
 EXAMPLES, TESTED = 1500, 100
 
 
-def measure(shared: Path) -> dict[str, Any]:
+def measure(shared: Path, folder: Path) -> dict[str, Any]:
     """Train on a part, evaluate the loss on held-out questions."""
     data = shared / "data/medical_zh"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as work:
         parts = {}
         for name, count in (("train", EXAMPLES), ("valid", TESTED)):
             lines = (data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-            parts[name] = Path(folder) / f"{name}.jsonl"
+            parts[name] = Path(work) / f"{name}.jsonl"
             parts[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
-        out = str(Path(folder) / "run")
+        out = str(Path(work) / "run")
         options = [part for setting in SETTINGS for part in ("--set", setting)]
         weft("train", "--data", str(parts["train"]), "--eval", str(parts["valid"]), "--out", out, "--quiet", *options)
         found = json.loads(

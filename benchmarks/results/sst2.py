@@ -29,32 +29,38 @@ def base_path() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def measure(shared: Path) -> dict[str, Any]:
-    """Test accuracy of each way and seed."""
-    found: dict[str, list[float]] = {name: [] for name in RATES}
-    counts: dict[str, int] = {}
+def measure(shared: Path, folder: Path) -> dict[str, Any]:
+    """Test accuracy of each way and seed. Runs that an earlier call finished with the same settings are not made again."""
+    settings = f"{EPOCHS} epoch, batch {BATCH}, rank {RANK} on {TARGETS}, learning rates {RATES}"
+    kept = folder / "sst2.json"
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    runs: dict[str, list[float]] = before.get("runs", {}) if before.get("run_settings") == settings else {}
     for seed in SEEDS:
         for name in RATES:
-            accuracy, counts[name] = _one(shared / "data/sst2", name, seed)
-            found[name].append(accuracy)
-            print(f"sst2 {name} seed {seed}: {accuracy:.4f} ({counts[name]:,} trained)", flush=True)
-    means = {name: statistics.mean(values) for name, values in found.items()}
+            if f"{name} {seed}" not in runs:
+                runs[f"{name} {seed}"] = list(_one(shared / "data/sst2", name, seed))
+                print(f"sst2 {name} seed {seed}: {runs[f'{name} {seed}'][0]:.4f}", flush=True)
+                kept.write_text(json.dumps(_figures(settings, runs), indent=1) + "\n", encoding="utf-8")
+    return _figures(settings, runs)
+
+
+def _figures(settings: str, runs: dict[str, list[float]]) -> dict[str, Any]:
+    found = {name: [run[0] for key, run in runs.items() if key.startswith(f"{name} ")] for name in RATES}
+    counts = {key.split()[0]: int(run[1]) for key, run in runs.items()}
+    rows = []
+    for name, values in found.items():
+        if values:
+            share = f"{counts[name] / counts['full']:.2%}"
+            shown = ", ".join(f"{value:.4f}" for value in values)
+            rows.append([name, statistics.mean(values), shown, f"{counts[name]:,}", share])
     return {
         "title": "all-MiniLM-L6-v2 on SST-2",
-        "settings": f"6,920 training sentences, {EPOCHS} epochs, batch {BATCH}, rank {RANK} on {TARGETS}, learning rates {RATES}, seeds {SEEDS}; "
-        "1,821 test sentences; one trainer and one schedule for all",
+        "settings": f"6,920 training sentences, {settings}; 1,821 test sentences; one trainer and one schedule for all",
         "columns": ["test accuracy", "mean", "by seed", "parameters trained", "of full"],
-        "rows": [
-            [
-                name,
-                means[name],
-                ", ".join(f"{value:.3f}" for value in found[name]),
-                f"{counts[name]:,}",
-                f"{counts[name] / counts['full']:.2%}",
-            ]
-            for name in ("full", "weft", "peft")
-        ],
-        "summary": ", ".join(f"{name} {value:.4f}" for name, value in means.items()),
+        "rows": rows,
+        "summary": ", ".join(f"{row[0]} {row[1]:.4f}" for row in rows),
+        "run_settings": settings,
+        "runs": runs,
     }
 
 
