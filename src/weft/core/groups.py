@@ -112,7 +112,7 @@ class Group:
         for module, placed in self.members:
             slot = placed.active
             slots += [id(slot), module.training]
-            if slot is not None and not slot.lora_A.is_inference():  # type: ignore[operator]
+            if slot is not None and not slot.lora_A.is_inference():
                 slots += [slot.lora_A._version, slot.lora_B._version]
         return tuple(slots)
 
