@@ -20,7 +20,7 @@ from torch import nn
 from weft.adapter import Adapter
 from weft.errors import FormatError, did_you_mean, some_names
 from weft.formats import hub, peft
-from weft.formats.checks import listing
+from weft.formats.checks import listing, path_of
 from weft.formats.export import to_vllm
 from weft.formats.other import FILES, read_file
 from weft.formats.resolve import resolve
@@ -71,8 +71,8 @@ def load(
         (('model.layers.0.self_attn.q_proj', 'model.layers.0.self_attn.v_proj'), '8')
     """
     commit = None
-    place = Path(source).expanduser()
-    if not place.exists() and hub.is_hub_id(source):
+    place = path_of(source)
+    if not os.path.lexists(place) and hub.is_hub_id(source):
         place, commit = hub.fetch(os.fspath(source), revision)
     elif revision is not None:
         raise FormatError(f"revision={revision!r} is for hub ids, and this is a path; leave it out", path=source)
@@ -98,10 +98,10 @@ def _find(place: Path) -> Path:
     Raises:
         FormatError: neither; says what is there.
     """
-    if place.is_dir():
+    if os.path.isdir(place):
         return _in_folder(place)
-    if not place.is_file():
-        above = next((path for path in place.absolute().parents if path.is_dir()), Path("/"))
+    if not os.path.lexists(place):
+        above = next((path for path in place.absolute().parents if os.path.isdir(path)), Path("/"))
         near = did_you_mean(place.name, [entry.name for entry in above.iterdir()]) if above == place.absolute().parent else ""
         raise FormatError(f"no such file or directory.{near} {above} holds {listing(above)}", path=place)
     if place.name in peft.OWNED and peft.is_adapter(place.parent):

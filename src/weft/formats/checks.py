@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from weft.errors import FormatError, some_names
 
-__all__ = ["MAX_JSON_BYTES", "MAX_NAME", "check_name", "inside", "listing", "plain_file", "read_json"]
+__all__ = ["MAX_JSON_BYTES", "MAX_NAME", "check_name", "inside", "listing", "path_of", "plain_file", "read_json"]
 
 MAX_JSON_BYTES = 16 << 20
 """A configuration above this size is refused: real ones have a few thousand bytes."""
@@ -28,6 +28,22 @@ MAX_NAME = 1024
 """Letters in the name of a tensor."""
 
 _LFS = b"version https://git-lfs"
+
+
+def path_of(source: str | os.PathLike[str]) -> Path:
+    """A path as people give it; ``~`` is their home.
+
+    Raises:
+        FormatError: text that no path can be.
+    """
+    try:
+        text = os.path.expanduser(os.fspath(source))
+        os.lstat(text)
+    except (TypeError, ValueError) as problem:
+        raise FormatError(f"not a path: {problem}", path=shortened(repr(source))) from None
+    except OSError:
+        pass  # nothing is there, which is another question
+    return Path(text)
 
 
 def inside(path: Path, folder: Path) -> Path:

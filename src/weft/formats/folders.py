@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from weft.errors import FormatError, some_names
+from weft.formats.checks import path_of
 
 __all__ = ["STAGED", "home_of", "write_folder"]
 
@@ -41,10 +42,10 @@ def write_folder(
     Raises:
         FormatError: files of these names are there, the place is no directory, or it can't be written.
     """
-    target = Path(directory).expanduser()
+    target = path_of(directory)
     target = target.resolve() if target.is_symlink() else target.absolute()
     owned = sorted({*owned, *files})
-    if target.exists() and not target.is_dir():
+    if os.path.lexists(target) and not target.is_dir():
         raise FormatError("a file stands there: give the name of a directory", path=target)
     there = [name for name in owned if os.path.lexists(target / name)] + ([STAGED] if (target / STAGED).is_dir() else [])
     if there and not overwrite:

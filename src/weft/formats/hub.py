@@ -21,7 +21,7 @@ _WAIT_SECONDS = 10
 
 def is_hub_id(name: str | os.PathLike[str]) -> bool:
     """Whether a text can be the id of a repository, ``org/name``, and is no path that exists."""
-    return isinstance(name, str) and bool(_HUB_ID.fullmatch(name)) and ".." not in name and not Path(name).exists()
+    return isinstance(name, str) and bool(_HUB_ID.fullmatch(name)) and ".." not in name and not os.path.lexists(name)
 
 
 def fetch(name: str, revision: str | None = None) -> tuple[Path, str]:

@@ -229,7 +229,7 @@ def _update(found: TensorFile, module: str, keys: Mapping[str, str], build: Call
         raise KeysError(f"{module!r} has no lora_{missing[0]}: a part of the file is missing", path=found.path, key=key)
     parts = {part: found.tensors[name] for part, name in keys.items()}
     for part, tensor in parts.items():
-        if not (tensor.is_floating_point() and tensor.itemsize > 1) and not (part == "alpha" and tensor.dtype != torch.bool):
+        if not tensor.is_floating_point() and not (part == "alpha" and tensor.dtype != torch.bool):
             raise FormatError(f"{tensor.dtype}: factors are float64, float32, bfloat16 or float16", path=found.path, key=shortened(keys[part]))
     try:
         return build(parts, module)

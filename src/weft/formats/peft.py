@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from weft.adapter import Adapter, Provenance
 from weft.core.factors import Factors
-from weft.errors import FormatError, KeysError, NotFiniteError, UnsupportedError, some_names
-from weft.formats.checks import listing, read_json, shortened
+from weft.errors import FormatError, KeysError, UnsupportedError, some_names
+from weft.formats.checks import listing, path_of, read_json, shortened
 from weft.formats.folders import home_of, write_folder
 from weft.formats.peft_config import CONFIG, NOTHING, PeftConfig, read_config
 from weft.formats.peft_keys import sort_keys
@@ -66,8 +66,8 @@ def read(directory: str | os.PathLike[str], *, allow_partial: bool = False, base
         KeysError: keys without a site, sites without a key.
         NotFiniteError: NaN or infinity.
     """
-    place = Path(directory).expanduser()
-    if not place.is_dir():
+    place = path_of(directory)
+    if not os.path.isdir(place):
         raise FormatError("no such directory", path=place)
     folder = home_of(place)
     if os.path.lexists(folder / RECORD):
@@ -203,7 +203,7 @@ def write(
         UnsupportedError: something that PEFT can't express; names the site and the way out.
         NotFiniteError: NaN or infinity in the adapter.
     """
-    _check_finite(adapter)
+    adapter.check_finite()
     files: dict[str, Callable[[Path], None]] = {}
     hashes: dict[str, str] = {}
 
@@ -245,9 +245,3 @@ def write(
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
-
-def _check_finite(adapter: Adapter) -> None:
-    adapter.check_finite()
-    for name, tensor in adapter.tensors().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NotFiniteError(f"{name} has NaN or infinite values; such an adapter is not written")

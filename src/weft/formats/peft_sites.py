@@ -197,7 +197,7 @@ def _factors(config: PeftConfig, site: Seated, tensors: Mapping[str, Tensor]) ->
     """Factors of one site, every complaint with its key."""
     found = {part: tensors[where.key] for part, where in site.parts.items() if not (part == "bias" and site.form == "in_proj")}
     for part, tensor in found.items():
-        if not tensor.is_floating_point() or tensor.itemsize < 2:
+        if not tensor.is_floating_point():
             raise FormatError(
                 f"{tensor.dtype}: factors are float64, float32, bfloat16 or float16; a quantised file has to be dequantised where it came from",
                 path=config.path.parent, key=shortened(site.parts[part].key),

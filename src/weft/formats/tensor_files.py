@@ -31,9 +31,8 @@ MAX_TENSORS = 500_000
 MAX_DIMENSIONS = 8
 
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
 }  # fmt: skip
 
 _BROKEN = (
@@ -140,7 +139,10 @@ def _entry(name: str, facts: Any, path: Path) -> Entry:
         raise FormatError("safetensors header: expected dtype, shape and data_offsets", path=path, key=key)
     dtype = _DTYPES.get(facts["dtype"]) if isinstance(facts["dtype"], str) else None
     if dtype is None:
-        raise FormatError(f"dtype {facts['dtype']!r}; expected one of {', '.join(_DTYPES)}", path=path, key=key)
+        raise FormatError(
+            f"dtype {shortened(repr(facts['dtype']))}; expected one of {', '.join(_DTYPES)}. Numbers of eight bits and less have to be widened where they came from",
+            path=path, key=key,
+        )  # fmt: skip
     shape, offsets = facts["shape"], facts["data_offsets"]
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
@@ -186,11 +188,8 @@ def check_finite(name: str, tensor: Tensor, path: Path) -> None:
     Raises:
         NotFiniteFileError: names the tensor.
     """
-    if not tensor.is_floating_point():
-        return
-    numbers = tensor.float() if tensor.itemsize == 1 else tensor
-    if not bool(torch.isfinite(numbers).all()):
-        bad = int((~torch.isfinite(numbers)).sum())
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
         raise NotFiniteFileError(
             f"{bad:,} of {tensor.numel():,} values are NaN or infinite: the training that wrote it diverged, or the file is damaged; "
             "take an earlier checkpoint", path=path, key=shortened(name)
@@ -263,7 +262,7 @@ def _state_dict(value: Any, path: Path) -> dict[str, Tensor]:
 def _owned(name: str, tensor: Tensor, path: Path) -> Tensor:
     """A copy of a tensor that really has the bytes that its shape needs."""
     plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    if not plain or tensor.is_quantized or tensor.dtype.is_complex:
+    if not plain or tensor.is_quantized or tensor.dtype not in _DTYPES.values():
         raise FormatError(f"a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}; expected a plain one", path=path, key=shortened(name))
     if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
         raise FormatError(f"shape {tuple(tensor.shape)} needs more bytes than the file has for it", path=path, key=shortened(name))

@@ -54,6 +54,7 @@ HEADERS: list[tuple[str, bytes, str | None, str]] = [
     ("metadata with a number", header({"__metadata__": {"a": 1}}), "__metadata__", "text only"),
     ("no dtype", header({"a": {"shape": [2], "data_offsets": [0, 8]}}, 8), "a", "expected dtype"),
     ("unknown dtype", header({"a": one("F7")}, 8), "a", "F7"),
+    ("eight bits", header({"a": one("F8_E4M3", (8,))}, 8), "a", "widened where they came from"),
     ("dtype of another type", header({"a": one(["F32"])}, 8), "a", "dtype"),
     ("negative shape", header({"a": one(shape=(-2,))}, 8), "a", "whole numbers"),
     ("fractional shape", header({"a": one(shape=(2.0,))}, 8), "a", "whole numbers"),
@@ -150,6 +151,7 @@ def test_pickles_of_other_things(tmp_path: Path) -> None:
         ({3: torch.ones(1)}, "int as a key"),
         ({"a": torch.eye(3).to_sparse()}, "sparse"),
         ({"a": torch.ones(2, dtype=torch.complex64)}, "complex64"),
+        ({"a": torch.ones(2).to(torch.float8_e4m3fn)}, "float8"),
         ({"a\nb": torch.ones(1)}, "control characters"),
     ]
     for value, words in cases:

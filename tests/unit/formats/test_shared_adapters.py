@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -57,16 +59,14 @@ def test_loads_on_a_base_of_the_right_shape(name: str, make: type[nn.Module], si
     adapter = weft.load(adapters / name)
     assert len(adapter.sites) == sites
     torch.manual_seed(0)
-    model, twin = make(), make()
-    twin.load_state_dict(model.state_dict())
+    model = make()
+    twin = copy.deepcopy(model)
     adapter.save(tmp_path / "again")
     with weft.attach(model, {}) as bank:
         bank.load("theirs", adapter)
         base = outputs(model)
         bank.use("theirs")
         ours = outputs(model)
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = outputs(peft.PeftModel.from_pretrained(twin, tmp_path / "again"))
@@ -102,11 +102,9 @@ def test_stable_diffusion(adapters: Path) -> None:
         bank.load("style", adapter)
     flat = weft.load(folder / "new.safetensors", base=unet)
     assert set(flat.sites) == set(adapter.sites)
-    names = {path: name for path, name in zip(sorted(flat.sites), sorted(flat.sites), strict=True)}
     stored = load_file(folder / "new.safetensors")
-    for path in names:
-        key = f"lora_unet_unet_{path.replace('.', '_')}_lora_down.weight"
-        assert torch.equal(flat.factors[path].A, stored[key])
+    for path, item in flat.factors.items():
+        assert torch.equal(item.A, stored[f"lora_unet_unet_{path.replace('.', '_')}_lora_down.weight"])
 
 
 def skeleton(sites: dict[str, tuple[int, int]]) -> nn.Module:
