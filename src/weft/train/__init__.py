@@ -16,15 +16,15 @@ How the command line calls it (every argument is by keyword, but for the first o
     recipe = recipe.set(["rank=16", "learning_rate=3e-4", "rank_pattern.q_proj=4"])   # `--set`; values by the rules of YAML 1.2
     run = train(base=None | path | hub id | (model, tokenizer), data=…, eval_data=None, spec=None, recipe=None, out=…,
                 resume=False, overwrite=False, progress=None)
-        # base None: the embedded base.  data: a path, a hub id or a list of dicts.  progress None: a bar on a terminal,
-        # plain lines elsewhere; True: plain lines; False: silent.
+        # base None: the embedded base.  data: a path, a hub id or a list of dicts; eval_data: also a share, as in 0.1.
+        # progress None: a bar on a terminal, plain lines elsewhere; True: plain lines; False: silence.
         # resume=True: out is enough, base, data and recipe are read from the run folder (`weft train --resume runs/NAME`)
     run.path, run.adapter, run.report, run.log
     run.report.text()                             # what to print; .to_dict() is report.json, also written as report.md
     Run.open("runs/NAME")                         # a run that was made before
 
-    result = evaluate(base=…, adapter=None | path | Adapter, data=…, task=None, limit=200, batch_size=8,
-                      max_new_tokens=128, max_length=None, generation=True, progress=None)
+    result = evaluate(base=…, adapter=None | path | Adapter, data=…, kind=None, columns=None, limit=200, generation=True,
+                      max_new_tokens=128, batch_size=8, max_length=None, dtype=None, device=None, progress=None)
     result.base, result.adapter                   # {metric: number}; adapter is None without one
     result.text()                                 # a table, base and adapter side by side; .to_dict()
     result.examples                               # some {prompt, references, base, adapter}
@@ -36,8 +36,9 @@ How the command line calls it (every argument is by keyword, but for the first o
     report = prove(adapter, model)                # adapter: path or Adapter; model: what load_base gave
     report.ok, report.text()
 
-Errors: `RecipeError` before anything starts; `RunError` for a folder that can't be used, a run that was stopped
-(Ctrl-C; its message says how to resume) and a loss that is not finite; `DataError` and `BaseError` from below.
+Errors: `RecipeError` before anything starts; `RunError` for a folder that can't be used; `RunStoppedError` for a run that
+Ctrl-C or a scheduler stopped (its message says how it goes on); `NotFiniteError` for a loss that is not finite;
+`DataError`, `BaseError` and `SpecError` from below.
 
 ``weft.train`` is this package and the function at once: the module can be called, so that the name is right in
 whatever order things are imported.

@@ -30,7 +30,9 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Training and evaluation files: repeat a letter."""
     folder = tmp_path_factory.mktemp("task")
     words = ["".join(letters) for letters in ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op", "qr", "st")]
-    rows = [{"prompt": f"{word * (1 + i % 3)}?", "completion": word[0] * (1 + i % 4)} for i in range(4) for word in words]
+    rows = [
+        {"prompt": f"{word * (1 + i % 3)}?", "completion": word[0] * (1 + i % 4)} for i in range(4) for word in words
+    ]
     paths = folder / "train.jsonl", folder / "valid.jsonl"
     for path, part in zip(paths, (rows[:32], rows[32:]), strict=True):
         path.write_text("".join(json.dumps(row) + "\n" for row in part))

@@ -98,9 +98,17 @@ def trainer_for(
     moved(bank, "t")
     schedule = settle(recipe, Facts(rows, True, "text", 32, "llama"))
     args = training_arguments(recipe, schedule, Folder(folder), packed=False)
-    setup = Setup(bank, "t", schedule, Order(rows), list(range(8)), lora_plus_ratio=recipe.lora_plus_ratio, keep=recipe.keep)
+    setup = Setup(
+        bank, "t", schedule, Order(rows), list(range(8)), lora_plus_ratio=recipe.lora_plus_ratio, keep=recipe.keep
+    )
     trainer = AdapterTrainer(
-        model, args, setup, train_dataset=Rows(rows), eval_dataset=Rows(8, 1), data_collator=collate, callbacks=callbacks or []
+        model,
+        args,
+        setup,
+        train_dataset=Rows(rows),
+        eval_dataset=Rows(8, 1),
+        data_collator=collate,
+        callbacks=callbacks or [],
     )
     for silent in list(trainer.callback_handler.callbacks):
         if type(silent).__name__ == "PrinterCallback":

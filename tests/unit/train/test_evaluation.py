@@ -19,8 +19,22 @@ from weft.train.recipe import Recipe
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, base_dir: Path, task: tuple[Path, Path]) -> weft.Run:
     """A run whose adapter learned its task."""
-    recipe = Recipe(max_steps=60, learning_rate=3e-2, batch_size=16, eval_every=20, spec=weft.LoraSpec(rank=8, alpha=16), separator=" ")
-    return weft.train(base=base_dir, data=task[0], eval_data=task[0], recipe=recipe, out=tmp_path_factory.mktemp("runs") / "run", progress=False)
+    recipe = Recipe(
+        max_steps=60,
+        learning_rate=3e-2,
+        batch_size=16,
+        eval_every=20,
+        spec=weft.LoraSpec(rank=8, alpha=16),
+        separator=" ",
+    )
+    return weft.train(
+        base=base_dir,
+        data=task[0],
+        eval_data=task[0],
+        recipe=recipe,
+        out=tmp_path_factory.mktemp("runs") / "run",
+        progress=False,
+    )
 
 
 def test_base_and_adapter_stand_side_by_side(run: weft.Run, base_dir: Path, task: tuple[Path, Path]) -> None:
@@ -42,7 +56,10 @@ def test_base_and_adapter_stand_side_by_side(run: weft.Run, base_dir: Path, task
 
 def test_an_evaluation_does_not_depend_on_the_batch(run: weft.Run, base_dir: Path, task: tuple[Path, Path]) -> None:
     """Padding on the left in generation and on the right in losses changes nothing."""
-    results = [weft.evaluate(base=base_dir, adapter=run.adapter, data=task[0], max_new_tokens=8, batch_size=size) for size in (1, 7)]
+    results = [
+        weft.evaluate(base=base_dir, adapter=run.adapter, data=task[0], max_new_tokens=8, batch_size=size)
+        for size in (1, 7)
+    ]
     assert results[0].adapter is not None
     assert results[1].adapter is not None
     for name, value in results[0].adapter.items():
@@ -51,7 +68,9 @@ def test_an_evaluation_does_not_depend_on_the_batch(run: weft.Run, base_dir: Pat
 
 
 def test_several_references_of_a_prompt_count_together(run: weft.Run, base_dir: Path) -> None:
-    rows = [{"prompt": "ab?", "completion": answer} for answer in ("x", "a", "y")] + [{"prompt": "cd?", "completion": "zz"}]
+    rows = [{"prompt": "ab?", "completion": answer} for answer in ("x", "a", "y")] + [
+        {"prompt": "cd?", "completion": "zz"}
+    ]
     found = weft.evaluate(base=base_dir, adapter=run.adapter, data=rows, max_new_tokens=8)
     assert found.generated == 2
     assert set(found.examples[0]["references"]) == {"x", "a", "y"}
@@ -74,7 +93,10 @@ def test_generation_starts_from_the_tokens_that_training_had(run: weft.Run, base
     model, tokenizer = weft.load_base(base_dir)
     seen: list[list[int]] = []
     generate = model.generate
-    model.generate = lambda input_ids, **rest: (seen.append(input_ids[0].tolist()), generate(input_ids=input_ids, **rest))[1]  # type: ignore[method-assign]
+    model.generate = lambda input_ids, **rest: (
+        seen.append(input_ids[0].tolist()),
+        generate(input_ids=input_ids, **rest),
+    )[1]  # type: ignore[method-assign]
     weft.generate(base=(model, tokenizer), adapter=run.adapter, prompts=["ab?"], sampling=Sampling(max_new_tokens=1))
     assert seen == [tokenizer("ab? ").input_ids]
 
@@ -89,13 +111,18 @@ def test_a_stream_that_is_left_early_stops_the_model(run: weft.Run) -> None:
 def test_a_draw_can_be_repeated_and_leaves_torchs_generator_alone(base_dir: Path) -> None:
     state = torch.random.get_rng_state()
     draws = [
-        weft.generate(base=base_dir, prompts=["ab?", "c"], sampling=Sampling(max_new_tokens=8, temperature=1.0, seed=seed)) for seed in (1, 1, 2)
+        weft.generate(
+            base=base_dir, prompts=["ab?", "c"], sampling=Sampling(max_new_tokens=8, temperature=1.0, seed=seed)
+        )
+        for seed in (1, 1, 2)
     ]
     assert draws[0] == draws[1] != draws[2]
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("values", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 5}, {"top_p": 0.5}])
+@pytest.mark.parametrize(
+    "values", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 5}, {"top_p": 0.5}]
+)
 def test_sampling_that_makes_no_sense_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(RecipeError):
         Sampling(**values)

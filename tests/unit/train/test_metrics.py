@@ -11,7 +11,14 @@ from weft.train.metrics import accuracy, bleu, exact_match, macro_f1, rouge_l, t
 
 @pytest.mark.parametrize(
     ("text", "name"),
-    [("hello world", "13a"), ("你好,世界 ok", "zh"), ("こんにちは世界", "char"), ("สวัสดี", "char"), ("123", "13a"), ("привет", "13a")],
+    [
+        ("hello world", "13a"),
+        ("你好,世界 ok", "zh"),
+        ("こんにちは世界", "char"),
+        ("สวัสดี", "char"),
+        ("123", "13a"),
+        ("привет", "13a"),
+    ],
 )
 def test_the_script_of_the_references_chooses_the_tokeniser(text: str, name: str) -> None:
     assert tokenizer_for([text]) == name

@@ -20,11 +20,29 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_plain_lines_say_what_was_recognised_and_chosen(tmp_path: Path, base_dir: Path, task: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    weft.train(base=base_dir, data=task[0], eval_data=task[1], recipe=RECIPE.replace(learning_rate=None), out=tmp_path / "run", progress=True)
+def test_plain_lines_say_what_was_recognised_and_chosen(
+    tmp_path: Path, base_dir: Path, task: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weft.train(
+        base=base_dir,
+        data=task[0],
+        eval_data=task[1],
+        recipe=RECIPE.replace(learning_rate=None),
+        out=tmp_path / "run",
+        progress=True,
+    )
     said = capsys.readouterr()
     assert said.out == ""
-    for part in ("32 examples", "prompt, completion", "numbers to train; 4 steps", "x full fine-tuning's", "step 4/4: loss", "tokens/s", "s left", "eval loss"):
+    for part in (
+        "32 examples",
+        "prompt, completion",
+        "numbers to train; 4 steps",
+        "x full fine-tuning's",
+        "step 4/4: loss",
+        "tokens/s",
+        "s left",
+        "eval loss",
+    ):
         assert part in said.err, part
 
 

@@ -88,7 +88,9 @@ def test_set_reaches_recipe_and_spec() -> None:
          "targets=[q_proj, v_proj]", "report_to=tensorboard"]
     )  # fmt: skip
     assert recipe.learning_rate == 3e-4
-    assert recipe.spec == LoraSpec(rank=16, rank_pattern={"layers.0.q_proj": 4}, dropout=0.1, targets=("q_proj", "v_proj"))
+    assert recipe.spec == LoraSpec(
+        rank=16, rank_pattern={"layers.0.q_proj": 4}, dropout=0.1, targets=("q_proj", "v_proj")
+    )
     assert recipe.columns == {"prompt": "question"}
     assert recipe.report_to == ("tensorboard",)
 

@@ -16,7 +16,6 @@ import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from tests.models import tiny_llama
-from tests.unit.train.support import moved
 from weft.core.bank import attach
 from weft.errors import WeftError
 from weft.spec import LoraSpec
@@ -27,7 +26,9 @@ for kind in (1, 2):
     torch.manual_seed(0)
     model = tiny_llama()
     bank = attach(model, {"t": LoraSpec(rank=4)}, seed=0)
-    moved(bank, "t")
+    with torch.no_grad():
+        for _, parameter in bank.named_parameters("t"):
+            parameter.add_(0.02 * torch.randn_like(parameter))
     begin = bank.adapter("t")
     if kind == 1:
         wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))

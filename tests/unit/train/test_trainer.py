@@ -43,7 +43,9 @@ def test_losses_are_those_of_the_whole_logits() -> None:
     with torch.no_grad():
         full = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         some = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=wanted_positions(batch["labels"])
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            logits_to_keep=wanted_positions(batch["labels"]),
         ).logits
     assert keeps_logits(model)
     assert some.shape[1] < full.shape[1]
@@ -80,7 +82,9 @@ def test_accumulation_equals_the_large_batch(tmp_path: Path, build: Any) -> None
     ends = []
     for name, recipe in (("a", Recipe(batch_size=8)), ("b", Recipe(batch_size=2, accumulation=4))):
         with attach(model, {"t": LoraSpec(rank=4)}, seed=0) as bank:
-            trainer = trainer_for(tmp_path / name, model, recipe.replace(max_steps=4, learning_rate=1e-2, eval_every=10), bank=bank)
+            trainer = trainer_for(
+                tmp_path / name, model, recipe.replace(max_steps=4, learning_rate=1e-2, eval_every=10), bank=bank
+            )
             trainer.train()
             ends.append(factors(trainer))
     for name, tensor in ends[0].items():
@@ -116,7 +120,9 @@ def test_trap_using_another_adapter_does_not_change_what_is_trained(tmp_path: Pa
         for name in ("other", None, "t"):
             bank.use(name)
         trainer.train()
-        assert {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} == {id(p) for _, p in bank.named_parameters("t")}
+        assert {id(p) for group in trainer.optimizer.param_groups for p in group["params"]} == {
+            id(p) for _, p in bank.named_parameters("t")
+        }
         assert all(not torch.equal(tensor, start[name]) for name, tensor in factors(trainer).items())
         for name, parameter in bank.named_parameters("other"):
             assert torch.equal(parameter, before[name])
@@ -140,7 +146,9 @@ def test_a_checkpoint_holds_factors_and_no_base(tmp_path: Path) -> None:
 
 
 def test_the_best_checkpoint_comes_back_and_rotation_spares_it(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, tiny_llama(), Recipe(max_steps=8, learning_rate=1e-2, eval_every=1, keep=1, patience=0))
+    trainer = trainer_for(
+        tmp_path, tiny_llama(), Recipe(max_steps=8, learning_rate=1e-2, eval_every=1, keep=1, patience=0)
+    )
     values = iter([3.0, 1.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0])
     kept: dict[str, Tensor] = {}
 
@@ -211,7 +219,9 @@ def test_a_resumed_run_ends_with_the_same_factors(tmp_path: Path, stop: int) -> 
         again.train(resume_from_checkpoint=str(last))
         for name, tensor in factors(again).items():
             assert torch.equal(tensor, expected[name]), name
-        assert [row["loss"] for row in again.state.log_history if "loss" in row] == [row["loss"] for row in history if "loss" in row]
+        assert [row["loss"] for row in again.state.log_history if "loss" in row] == [
+            row["loss"] for row in history if "loss" in row
+        ]
         assert again.restore_best() == whole.state.best_global_step
 
 
