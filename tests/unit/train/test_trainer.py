@@ -206,9 +206,8 @@ def test_a_resumed_run_ends_with_the_same_factors(tmp_path: Path, stop: int) -> 
         whole = trainer_for(tmp_path / "whole", model, recipe, bank=bank)
         whole.train()
         expected, history = factors(whole), whole.state.log_history
-    with attach(model, {"t": spec}, seed=0) as bank:
-        with pytest.raises(InterruptedError):
-            trainer_for(tmp_path / "cut", model, recipe, bank=bank, callbacks=[Stop(stop)]).train()
+    with attach(model, {"t": spec}, seed=0) as bank, pytest.raises(InterruptedError):
+        trainer_for(tmp_path / "cut", model, recipe, bank=bank, callbacks=[Stop(stop)]).train()
     os.rename(tmp_path / "cut", tmp_path / "elsewhere")
     torch.manual_seed(12345)
     with attach(model, {"t": spec}, seed=99) as bank:
