@@ -76,6 +76,17 @@ class Holder(nn.Module):
         return self.deep["conv1"](torch.tanh(self.conv1(self.body(x))))
 
 
+def tiny_qwen3_moe() -> nn.Module:
+    """Qwen3-MoE: a dense layer whose linear layers have the names of experts, and a layer of stacked experts."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_experts=4, num_experts_per_tok=2, max_position_embeddings=64, mlp_only_layers=[0], head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return randomise(Qwen3MoeForCausalLM(config))
+
+
 def convs() -> nn.Module:
     """`Convs` with random weights."""
     return randomise(Convs())
@@ -149,6 +160,7 @@ CASES = [
     Case("attention with patterns", tiny_attention, {"target_modules": ["attn"], "rank_pattern": {"attn": 3}, "alpha_pattern": {"attn": 5}}),
     Case("experts", tiny_mixtral, {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj", "experts.gate_up_proj"]}),
     Case("one expert parameter", tiny_mixtral, {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"], "rank_pattern": {"layers.0.mlp.experts.down_proj": 2}}),
+    Case("experts that PEFT renames", tiny_qwen3_moe, {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}),
     Case("matrix", holder, {"target_modules": ["inner", "body.conv1"], "target_parameters": ["body.first"]}),
     Case("matrices", holder, {"target_modules": ["inner"], "target_parameters": ["first", "body.second"]}, needs_base=True),
     Case("weight of a linear layer", tiny_llama, {"target_modules": [], "target_parameters": ["q_proj.weight"]}),

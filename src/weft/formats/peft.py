@@ -217,7 +217,7 @@ def write(
     settings: dict[str, Any] | None = None
     if for_peft:
         try:
-            packed = pack(adapter)
+            packed = pack(adapter, for_servers=leaf_names)
         except UnsupportedError as problem:
             raise UnsupportedError(
                 f"PEFT's files can't hold this adapter: {problem}. adapter.save(directory, for_peft=False) keeps it in a layout that weft reads, and "

@@ -10,6 +10,7 @@ Shapes: r rank, o = d_out, i = d_in, E experts, c in_channels. This module does 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +22,7 @@ from weft.core.factors import Factors, Kind, compact_groups, spread_groups
 from weft.errors import ShapeError, UnsupportedError
 from weft.formats.peft_keys import PREFIX
 
-__all__ = ["OUT_PROJ_TWICE", "Form", "Layout", "Seat", "decode", "definition_order", "encode"]
+__all__ = ["OUT_PROJ_TWICE", "Form", "Layout", "Seat", "decode", "definition_order", "encode", "renamed_by_peft"]
 
 Form = Literal["linear", "embedding", "conv", "parameter", "in_proj", "out_proj"]
 
@@ -47,6 +48,26 @@ def definition_order(names: Iterable[str]) -> list[str] | None:
     return None
 
 
+_RENAMED = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+_MIXTURES = re.compile(r"moe|mixtral|minimax|deepseek|dots1|longcat|solaropen|qwen3next|qwen3omni|flexolmo", re.IGNORECASE)
+
+
+def renamed_by_peft(architecture: str, paths: Iterable[str]) -> frozenset[str]:
+    """Linear layers that PEFT 0.21, on transformers 5, takes for something else.
+
+    In mixture-of-experts architectures it takes every target module of these names for the stacked experts, also those of dense layers and
+    shared experts, whose updates are then lost. Targeted by their parameter, ``up_proj.weight``, they are found.
+
+    Args:
+        architecture: class name of the base, empty if nobody knows.
+        paths: of all linear sites.
+    """
+    known = list(paths)
+    if not _MIXTURES.search(architecture) and not any("expert" in path for path in known):
+        return frozenset()
+    return frozenset(path for path in known if path.rpartition(".")[2] in _RENAMED)
+
+
 @dataclass(frozen=True)
 class Seat:
     """Where one site's tensors stand.
@@ -66,6 +87,7 @@ class Layout:
 
     Args:
         sites: (path, kind) in the order of the model.
+        by_weight: linear sites that PEFT has to target by their parameter, see `renamed_by_peft`; their keys are the same.
 
     Attributes:
         seats: by site.
@@ -77,7 +99,7 @@ class Layout:
         UnsupportedError: a parameter of the model itself, which PEFT can't wrap.
     """
 
-    def __init__(self, sites: Sequence[tuple[str, Kind]]) -> None:
+    def __init__(self, sites: Sequence[tuple[str, Kind]], by_weight: frozenset[str] = frozenset()) -> None:
         self.seats: dict[str, Seat] = {}
         self.targets: list[str] = []
         self.parameters: list[str] = []
@@ -99,9 +121,11 @@ class Layout:
             if not owner:
                 raise UnsupportedError(f"PEFT can't adapt {leaves[0]!r}, a parameter of the model itself and not of a module in it")
             self._depth[owner] = len(leaves)
-        self._seat(sites, attentions, {owner: definition_order(leaves) or leaves for owner, leaves in bare.items()})
+        self._seat(sites, attentions, {owner: definition_order(leaves) or leaves for owner, leaves in bare.items()}, by_weight)
 
-    def _seat(self, sites: Sequence[tuple[str, Kind]], attentions: set[str], bare: Mapping[str, list[str]]) -> None:
+    def _seat(
+        self, sites: Sequence[tuple[str, Kind]], attentions: set[str], bare: Mapping[str, list[str]], by_weight: frozenset[str]
+    ) -> None:
         for path, kind in sites:
             owner, _, leaf = path.rpartition(".")
             if kind == "parameter":
@@ -115,8 +139,8 @@ class Layout:
                 self.seats[path] = Seat(self._module(path if inner else owner), owner, "out_proj" if inner else "in_proj")
             else:
                 form: Form = "embedding" if kind == "embedding" else "conv" if kind == "conv" else "linear"
-                self.seats[path] = Seat(self._module(path), path, form)
-                self.targets.append(path)
+                self.seats[path] = Seat(self._module(path), f"{path}.weight" if path in by_weight else path, form)
+                (self.parameters if path in by_weight else self.targets).append(self.seats[path].name)
         for owner in attentions:
             pair = (f"{owner}.in_proj_weight", f"{owner}.out_proj")
             for path, other in (pair, pair[::-1]):

@@ -17,7 +17,7 @@ from weft.adapter import Adapter
 from weft.core.factors import Factors, Kind
 from weft.errors import FormatError, KeysError, ShapeError, UnsupportedError, some_names
 from weft.formats.checks import shortened
-from weft.formats.peft_layout import OUT_PROJ_TWICE, Layout, Seat, decode, encode, halved, padded
+from weft.formats.peft_layout import OUT_PROJ_TWICE, Layout, Seat, decode, encode, halved, padded, renamed_by_peft
 from weft.formats.record import Record, SiteRecord, dtype_of
 
 __all__ = ["Packed", "pack", "unpack"]
@@ -74,14 +74,18 @@ class _Pair:
         return cls(rank, inner[1], factor)
 
 
-def pack(adapter: Adapter) -> Packed:
+def pack(adapter: Adapter, *, for_servers: bool = False) -> Packed:
     """PEFT's tensors of an adapter; dtypes are kept.
+
+    Args:
+        adapter: any.
+        for_servers: they read PEFT's files, but don't rename modules as PEFT does, see `renamed_by_peft`.
 
     Raises:
         UnsupportedError: something that PEFT can't express; names the site.
     """
     sites: list[tuple[str, Kind]] = [(path, item.kind) for path, item in adapter.factors.items()]
-    layout = Layout(sites)
+    layout = Layout(sites, frozenset() if for_servers else _by_weight(adapter))
     _check_alike(adapter)
     pairs = _pairs(layout, {path: (item.rank, item.scale) for path, item in adapter.factors.items()})
     tensors: dict[str, Tensor] = {}
@@ -103,6 +107,18 @@ def pack(adapter: Adapter) -> Packed:
         tensors |= {f"{layout.module_key(path)}.{name}": tensor for name, tensor in module.items()}
     tensors |= {layout.parameter_key(path): tensor for path, tensor in adapter.biases.items()}
     return Packed(tensors, layout, scales)
+
+
+def _by_weight(adapter: Adapter) -> frozenset[str]:
+    """Linear sites to be targeted by their parameter, which PEFT has only for plain updates."""
+    base = adapter.provenance.base
+    linear = [path for path, item in adapter.factors.items() if item.kind == "linear"]
+    bare = [path for path, item in adapter.factors.items() if item.kind == "parameter"]
+    found = renamed_by_peft(base.architecture if base else "", [*linear, *bare]) & set(linear)
+    for path in found:
+        if adapter.factors[path].magnitude is not None or adapter.factors[path].bias is not None:
+            raise UnsupportedError(f"{path!r}: PEFT takes layers of this name for stacked experts, where it has neither DoRA nor lora_bias")
+    return found
 
 
 def _check_alike(adapter: Adapter) -> None:

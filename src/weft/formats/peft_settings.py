@@ -35,7 +35,7 @@ def settings_of(adapter: Adapter, layout: Layout, scales: Mapping[str, tuple[int
     rank, rank_pattern = _patterns(ranks, spec.rank, spec.rank_pattern)
     alpha, alpha_pattern = _patterns(alphas, spec.alpha or spec.rank, spec.alpha_pattern)
     base = adapter.provenance.base
-    bare = any(item.kind == "parameter" for item in adapter.factors.values())
+    bare = bool(layout.parameters)
     targets, extra = _targets(spec, layout, leaf_names)
     fields: dict[str, Any] = {
         "peft_type": "LORA",
