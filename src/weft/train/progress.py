@@ -114,11 +114,10 @@ class Progress(TrainerCallback):
             return
         if "loss" in logs:
             self._loss = f"loss {logs['loss']:.4f}"
-        text = f"{self._loss}  {self.log.tokens_per_second:,.0f} tokens/s"
-        if "eval_loss" in logs:
-            text = f"eval loss {logs['eval_loss']:.4f}"
+        pace = f"{self._loss}  {self.log.tokens_per_second:,.0f} tokens/s"
+        text = f"eval loss {logs['eval_loss']:.4f}" if "eval_loss" in logs else pace
         if self._bar is not None:
-            self._bar.update(self._task, note=text if "loss" in logs else f"{text}  {self._loss}")
+            self._bar.update(self._task, note=f"{text}  {pace}" if "eval_loss" in logs else pace)
         elif "eval_loss" in logs or state.global_step % self._lines_every < max(1, args.logging_steps):
             done = max(1, state.global_step - self.log.first_step)
             left = (state.max_steps - state.global_step) * self.log.seconds / done
