@@ -21,6 +21,7 @@ from weft.adapter import Adapter
 from weft.errors import FormatError, did_you_mean, some_names
 from weft.formats import hub, peft
 from weft.formats.checks import listing, path_of
+from weft.formats.experts import stack_experts
 from weft.formats.export import to_vllm
 from weft.formats.other import FILES, read_file
 from weft.formats.resolve import resolve
@@ -49,8 +50,8 @@ def load(
         source: a directory of PEFT or weft; a run folder (its ``adapter/`` is taken); a file of diffusers, kohya or loralib; or a hub id
             ``"org/name"``, of which only the adapter's files are fetched.
         allow_partial: leave out what is incomplete or belongs to nothing, with a note, in place of an error.
-        base: the model that it is for. Needed only where the file doesn't say enough: kohya's flattened names are fitted to its paths, and
-            PEFT's PiSSA and OLoRA are counted from it.
+        base: the model that it is for. Needed only where the file doesn't say enough: kohya's flattened names are fitted to its paths, PEFT's
+            PiSSA and OLoRA are counted from it, and updates of single experts are stacked where it stacks its experts.
         alpha: for files without one (loralib).
         enable_lora: for loralib's fused layers, which of their parts are adapted.
         component: which model of a pipeline (``"unet"``, ``"text_encoder"`` …), where a file holds several.
@@ -79,6 +80,7 @@ def load(
     found = _find(place)
     if found.is_dir():
         adapter = peft.read(found, allow_partial=allow_partial, base=base)
+        adapter = adapter if base is None else stack_experts(adapter, base)
     else:
         adapter = read_file(found, alpha=alpha, enable_lora=enable_lora, component=component, allow_partial=allow_partial)
         if found.parent == place:
