@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from tests.models import tiny_llama
+from weft.adapter import Adapter
 from weft.core.bank import Bank, attach
 from weft.spec import LoraSpec
 from weft.train.recipe import Recipe
@@ -19,7 +20,7 @@ from weft.train.schedule import Facts, settle
 from weft.train.session import training_arguments
 from weft.train.trainer import AdapterTrainer, Setup
 
-__all__ = ["Order", "Rows", "byte_base", "byte_tokenizer", "collate", "moved", "trainer_for"]
+__all__ = ["Order", "Rows", "byte_base", "byte_tokenizer", "collate", "moved", "same", "trainer_for"]
 
 
 def byte_tokenizer() -> Any:
@@ -123,3 +124,9 @@ def moved(bank: Bank, name: str) -> None:
         for path, parameter in bank.named_parameters(name):
             if path.endswith("lora_B"):
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+def same(left: Adapter, right: Adapter) -> bool:
+    """Two adapters with the same bytes."""
+    mine, theirs = left.tensors(), right.tensors()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -58,8 +59,9 @@ def test_a_terminal_gets_a_bar_with_loss_speed_and_time_left(
     monkeypatch.setattr(sys, "stderr", terminal)
     weft.train(base=base_dir, data=task[0], eval_data=task[1], recipe=RECIPE, out=tmp_path / "run")
     shown = terminal.getvalue()
-    for part in ("training", "4/4", "loss", "tokens/s", "left", "0:00:00"):
+    for part in ("training", "4/4", "loss", "tokens/s", "left"):
         assert part in shown, part
+    assert re.search(r"\d:\d\d:\d\d", shown)
     with counter("answers", 3, None) as tick:
         tick(3)
     assert "3/3" in terminal.getvalue()
