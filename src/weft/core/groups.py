@@ -34,6 +34,9 @@ SIBLINGS: tuple[tuple[str, ...], ...] = (
 )
 """Names of children that usually get the same tensor; a wrong guess costs one product once, see `Group`."""
 
+CROSS = ("cross", "encdec", "enc_dec", "encoder_attn", "enc_attn", "attn2")
+"""Parts of the paths of attentions whose query gets another tensor than key and value."""
+
 
 PATIENCE = 8
 """Rounds in a row that may be left unfinished (an exception, a member called alone) before a group is dissolved."""
@@ -76,7 +79,7 @@ class Group:
                 return found
             self.forget()
             self.unfinished += 1
-            if (found is not None and waiting.x is not x) or self.unfinished > PATIENCE:
+            if ((found is not None and waiting.x is not x) or self.unfinished > PATIENCE) and not self._is_replayed():
                 self.dissolve()
         if x.is_inference() or placed.group is not self or not all(_joins(*member) for member in self.members):
             return self._alone(placed, x)
@@ -100,6 +103,12 @@ class Group:
         if not waiting.outputs:
             self.forget()
             self.unfinished = 0
+
+    def _is_replayed(self) -> bool:
+        """Whether this call may be run again by gradient checkpointing, or is: what is computed how must not change in between."""
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        blind = not torch.is_grad_enabled() and any(module.training for module, _ in self.members)
+        return hooked or blind or torch._C._current_graph_task_id() != -1
 
     def _alone(self, placed: Placed, x: Tensor) -> Tensor:
         module = next(module for module, other in self.members if other is placed)
@@ -214,7 +223,8 @@ def form_groups(model: nn.Module, parents: dict[str, dict[str, tuple[nn.Module, 
     blocks = []
     for path, children in parents.items():
         for names in SIBLINGS:
-            members = [children[name] for name in names if name in children]
+            crossed = len(names) == 3 and any(part in path.lower() for part in CROSS)
+            members = [children[name] for name in names[crossed:] if name in children]
             fits = [(module, placed) for module, placed in members if is_ours(module, placed)]
             if len(fits) > 1 and len({placed.site.d_in for _, placed in fits}) == 1:
                 group = Group(fits)

@@ -36,10 +36,11 @@ class LazyWeight:
         self.W, self.A, self.B, self.scale, self.flipped = W, A, B, scale, flipped
 
     def dense(self) -> Tensor:
-        """The weight as the layer knows it, built."""
-        whole = torch.baddbmm(self.W, self.B.to(self.W.dtype), self.A.to(self.W.dtype), alpha=self.scale) if (
-            self.W.dim() == 3
-        ) else torch.addmm(self.W, self.B.to(self.W.dtype), self.A.to(self.W.dtype), alpha=self.scale)  # fmt: skip
+        """The weight as the layer knows it, built; in the dtype of the base's, also under autocast."""
+        W = self.W
+        with torch.autocast(W.device.type, enabled=False):
+            A, B = self.A.to(W.dtype), self.B.to(W.dtype)
+            whole = (torch.baddbmm if W.dim() == 3 else torch.addmm)(W, B, A, alpha=self.scale)
         return whole.mT if self.flipped else whole
 
     @property
