@@ -112,7 +112,9 @@ class Adapter:
     def num_parameters(self) -> int:
         """All numbers that the adapter carries: factors, modules trained whole, biases."""
         whole = sum(tensor.numel() for module in self.modules.values() for tensor in module.values())
-        return whole + sum(f.num_parameters for f in self.factors.values()) + sum(b.numel() for b in self.biases.values())
+        return (
+            whole + sum(f.num_parameters for f in self.factors.values()) + sum(b.numel() for b in self.biases.values())
+        )
 
     @functools.cached_property
     def digest(self) -> str:
@@ -140,7 +142,9 @@ class Adapter:
             TargetError: the adapter has no such site; names near ones.
         """
         if site not in self.factors:
-            raise TargetError(f"this adapter has no site {site!r}.{did_you_mean(site, self.sites)} It has {len(self.sites)} sites")
+            raise TargetError(
+                f"this adapter has no site {site!r}.{did_you_mean(site, self.sites)} It has {len(self.sites)} sites"
+            )
         return self.factors[site].delta()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Adapter:
@@ -167,7 +171,9 @@ class Adapter:
         whole = {f"{path}.{name}": t for path, module in self.modules.items() for name, t in module.items()}
         for path, tensor in (*whole.items(), *self.biases.items()):
             if not bool(torch.isfinite(tensor).all()):
-                raise NotFiniteError(f"{path}: the adapter's trained copy has NaN or infinite values; take an earlier checkpoint")
+                raise NotFiniteError(
+                    f"{path}: the adapter's trained copy has NaN or infinite values; take an earlier checkpoint"
+                )
 
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False, for_peft: bool = True) -> Path:
         """Write a directory that `weft.load` and PEFT's ``PeftModel.from_pretrained`` read; beside, then renamed.

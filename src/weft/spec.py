@@ -101,7 +101,9 @@ class LoraSpec:
         object.__setattr__(self, "alpha_pattern", {key: float(value) for key, value in self.alpha_pattern.items()})
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, LoraSpec) and repr(self) == repr(other)  # order counts in patterns: the first match wins
+        return isinstance(other, LoraSpec) and repr(self) == repr(
+            other
+        )  # order counts in patterns: the first match wins
 
     def __hash__(self) -> int:
         return hash(repr(self))
@@ -215,7 +217,9 @@ def _check(spec: LoraSpec) -> None:
     for name in ("rslora", "dora", "lora_bias"):
         if not isinstance(getattr(spec, name), bool):
             raise SpecError(f"LoraSpec.{name}: got {getattr(spec, name)!r}; expected True or False")
-    if spec.layers is not None and not all(_is_rank(index) or (index == 0 and _is_number(index)) for index in spec.layers):
+    if spec.layers is not None and not all(
+        _is_rank(index) or (index == 0 and _is_number(index)) for index in spec.layers
+    ):
         raise SpecError(f"LoraSpec.layers: got {spec.layers!r}; expected layer indices, whole numbers from 0")
     for name, allowed, expected in (
         ("rank_pattern", _is_rank, "a whole number of at least 1"),
@@ -229,4 +233,6 @@ def _check(spec: LoraSpec) -> None:
     for name in ("targets", "exclude"):
         value = getattr(spec, name)
         if isinstance(value, str) and value not in ("all-linear", "default") and value and not _compiles(value):
-            raise SpecError(f"LoraSpec.{name}: {value!r} is not a valid regular expression; give a list for plain names")
+            raise SpecError(
+                f"LoraSpec.{name}: {value!r} is not a valid regular expression; give a list for plain names"
+            )

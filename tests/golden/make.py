@@ -20,7 +20,9 @@ from weft.identity import Fingerprint
 from weft.spec import LoraSpec
 
 HERE = Path(__file__).parent
-BASE = Fingerprint("TinyModel", "c" * 64, "1" * 64, "2" * 64, "float32", "3" * 64, name="example/tiny", commit="0123abc")
+BASE = Fingerprint(
+    "TinyModel", "c" * 64, "1" * 64, "2" * 64, "float32", "3" * 64, name="example/tiny", commit="0123abc"
+)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -29,7 +31,14 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (numbers.sign() * (0.25 + numbers.abs())).to(dtype)
 
 
-def linear(rank: int = 4, d_in: int = 6, d_out: int = 5, scale: float = 2.0, dtype: torch.dtype = torch.float32, **parts: Tensor) -> Factors:
+def linear(
+    rank: int = 4,
+    d_in: int = 6,
+    d_out: int = 5,
+    scale: float = 2.0,
+    dtype: torch.dtype = torch.float32,
+    **parts: Tensor,
+) -> Factors:
     """Factors of a linear layer."""
     return Factors(normal(rank, d_in, dtype=dtype), normal(d_out, rank, dtype=dtype), scale, **parts)
 
@@ -41,9 +50,14 @@ def adapters() -> dict[str, Adapter]:
     spec = LoraSpec(rank=4, alpha=8, targets=("q_proj", "v_proj"))
     provenance = Provenance(BASE, data=({"source": "train.jsonl", "digest": "d" * 64, "examples": 12},), recipe={"learning_rate": 2e-4, "steps": 30},
                             versions={"weft": "0.1.0", "torch": "2.13.0"}, evaluation={"eval_loss": 1.25}, created="2025-01-01T00:00:00Z")  # fmt: skip
-    uneven = {f"{layer}.q_proj": linear(rank, scale=3.0 / rank**0.5) for layer, rank in zip(layers, (2, 3), strict=True)}
+    uneven = {
+        f"{layer}.q_proj": linear(rank, scale=3.0 / rank**0.5) for layer, rank in zip(layers, (2, 3), strict=True)
+    }
     heads = {"score": {"weight": normal(2, 6), "bias": normal(2)}}
-    attention = {"attn.in_proj_weight": Factors(normal(2, 8), normal(24, 2), 0.5, "attention"), "attn.out_proj": Factors(normal(2, 8), normal(8, 2), 0.5, "attention")}
+    attention = {
+        "attn.in_proj_weight": Factors(normal(2, 8), normal(24, 2), 0.5, "attention"),
+        "attn.out_proj": Factors(normal(2, 8), normal(8, 2), 0.5, "attention"),
+    }
     experts = {
         "mlp.experts.gate_up_proj": Factors(normal(3, 2, 6), normal(3, 8, 2), 1.5, "parameter"),
         "mlp.experts.down_proj": Factors(normal(3, 2, 4), normal(3, 6, 2), 1.5, "parameter"),

@@ -23,7 +23,9 @@ def expected(folder: Path) -> dict[str, Any]:
 def test_there_are_some() -> None:
     assert {folder.parent.name for folder in WRITTEN} >= {"0.1.0"}
     for version in {folder.parent for folder in WRITTEN}:
-        assert set(json.loads((version / "expected.json").read_text())) == {folder.name for folder in WRITTEN if folder.parent == version}
+        assert set(json.loads((version / "expected.json").read_text())) == {
+            folder.name for folder in WRITTEN if folder.parent == version
+        }
 
 
 @pytest.mark.parametrize("folder", WRITTEN, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
@@ -31,7 +33,9 @@ def test_read(folder: Path) -> None:
     adapter, wanted = weft.load(folder), expected(folder)
     assert adapter.digest == wanted["digest"]
     assert adapter.num_parameters == wanted["parameters"]
-    assert {path: item.map(lambda tensor: tensor.double()).norm() for path, item in adapter.factors.items()} == pytest.approx(wanted["norms"], rel=1e-12)
+    assert {
+        path: item.map(lambda tensor: tensor.double()).norm() for path, item in adapter.factors.items()
+    } == pytest.approx(wanted["norms"], rel=1e-12)
 
 
 @pytest.mark.parametrize("folder", WRITTEN, ids=lambda folder: f"{folder.parent.name}-{folder.name}")
@@ -46,7 +50,9 @@ def test_read_as_peft_reads_it(folder: Path, tmp_path: Path) -> None:
     assert set(plain.factors) == set(adapter.factors)
     for path, item in adapter.factors.items():
         twin = plain.factors[path]
-        torch.testing.assert_close(twin.scale * twin.B, item.scale * item.B, rtol=0, atol=0)  # attention's out_proj: half of B, twice the scale
+        torch.testing.assert_close(
+            twin.scale * twin.B, item.scale * item.B, rtol=0, atol=0
+        )  # attention's out_proj: half of B, twice the scale
         for name, tensor in item.tensors().items():
             assert name == "lora_B" or torch.equal(twin.tensors()[name], tensor)
     assert set(plain.tensors()) == set(adapter.tensors())

@@ -86,7 +86,11 @@ def test_saved_for_peft(make: Callable[[], nn.Module], spec: dict[str, Any], tmp
 
 @pytest.mark.parametrize(
     "spec",
-    [{"targets": "all-linear"}, {"targets": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 2}, "rslora": True}, {"targets": ["q_proj"], "layers": [1]}],
+    [
+        {"targets": "all-linear"},
+        {"targets": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 2}, "rslora": True},
+        {"targets": ["q_proj"], "layers": [1]},
+    ],
     ids=["plain", "patterns and rslora", "layers"],
 )
 def test_for_servers(spec: dict[str, Any], tmp_path: Path) -> None:

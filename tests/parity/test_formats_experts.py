@@ -33,10 +33,15 @@ def old_mixtral(at: Path, *, parts: tuple[str, ...] = ("w1", "w2", "w3"), expert
         pair(f"model.layers.{layer}.self_attn.q_proj", 32, 32)
         for expert in range(experts):
             for part in parts:
-                pair(f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}", *((24, 32) if part == "w2" else (32, 24)))
+                pair(
+                    f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}",
+                    *((24, 32) if part == "w2" else (32, 24)),
+                )
     at.mkdir()
     save_file(tensors, at / "adapter_model.safetensors")
-    (at / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q_proj", *parts]}))
+    (at / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q_proj", *parts]})
+    )
     return at
 
 
@@ -59,7 +64,9 @@ def test_as_peft_converts_it(tmp_path: Path) -> None:
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder)
     assert_close(outputs(base, adapter, batch), cases.logits(theirs.eval(), batch), CLOSE, "outputs")
     adapter.save(tmp_path / "new")
-    assert_close(cases.logits(cases.load(base, tmp_path / "new"), batch), outputs(base, adapter, batch), CLOSE, "saved again")
+    assert_close(
+        cases.logits(cases.load(base, tmp_path / "new"), batch), outputs(base, adapter, batch), CLOSE, "saved again"
+    )
 
 
 def test_a_part_of_the_experts(tmp_path: Path) -> None:

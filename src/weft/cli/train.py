@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from weft.cli import show
 from weft.cli.options import Base, Columns, Dtype, Json, Kind, Quiet, Usage, columns_of
 from weft.cli.quiet import show_remarks
+
+if TYPE_CHECKING:
+    from weft.train import Run
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -78,9 +81,18 @@ def train(
         return show.as_json({"path": run.path, **run.report.to_dict()})
     show.result(run.report.text())
     show.remark(f"\nwritten: {run.path}/ (adapter, report.md, curve.svg, log.jsonl, recipe.yaml, checkpoints)", quiet)
-    verb = "eval --data FILE" if run.report.data.get("train", {}).get("kind") == "classification" else "generate PROMPT"
-    show.remark(f"next:    {show.command('weft', *verb.split()[:1], *(('--base', base) if base else ()), '--adapter', str(run.path))} "
-                f"{' '.join(verb.split()[1:])}", quiet)  # fmt: skip
+    show.remark(f"next:    {_next(run)}", quiet)
+
+
+def _next(run: Run) -> str:
+    """What to type with the new adapter."""
+    from weft.models.source import EMBEDDED
+
+    origin = run.adapter.provenance.base
+    base = () if origin is None or origin.name in (None, EMBEDDED) else ("--base", origin.name)
+    classifies = run.report.data.get("train", {}).get("kind") == "classification"
+    verb, rest = ("eval", "--data FILE") if classifies else ("generate", "PROMPT")
+    return f"{show.command('weft', verb, *base, '--adapter', str(run.path))} {rest}"
 
 
 def _share(text: str | None) -> str | float | None:

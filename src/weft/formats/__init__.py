@@ -82,7 +82,9 @@ def load(
         adapter = peft.read(found, allow_partial=allow_partial, base=base)
         adapter = adapter if base is None else stack_experts(adapter, base)
     else:
-        adapter = read_file(found, alpha=alpha, enable_lora=enable_lora, component=component, allow_partial=allow_partial)
+        adapter = read_file(
+            found, alpha=alpha, enable_lora=enable_lora, component=component, allow_partial=allow_partial
+        )
         if found.parent == place:
             adapter = _noted(adapter, f"read from {found.name}")
         adapter = resolve(adapter, base) if base is not None else adapter
@@ -104,7 +106,11 @@ def _find(place: Path) -> Path:
         return _in_folder(place)
     if not os.path.lexists(place):
         above = next((path for path in place.absolute().parents if os.path.isdir(path)), Path("/"))
-        near = did_you_mean(place.name, [entry.name for entry in above.iterdir()]) if above == place.absolute().parent else ""
+        near = (
+            did_you_mean(place.name, [entry.name for entry in above.iterdir()])
+            if above == place.absolute().parent
+            else ""
+        )
         raise FormatError(f"no such file or directory.{near} {above} holds {listing(above)}", path=place)
     if place.name in peft.OWNED and peft.is_adapter(place.parent):
         return place.parent
@@ -123,7 +129,10 @@ def _in_folder(folder: Path) -> Path:
             return folder / name
     holds = f"The folder holds {listing(folder)}"
     if (folder / "recipe.yaml").is_file():
-        raise FormatError(f"a run folder without an adapter: the run didn't come to its end; weft train --resume {folder} goes on with it", path=folder)
+        raise FormatError(
+            f"a run folder without an adapter: the run didn't come to its end; weft train --resume {folder} goes on with it",
+            path=folder,
+        )
     if (folder / "config.json").is_file():
         raise FormatError(f"a model, not an adapter: adapter_config.json is missing. {holds}", path=folder)
     if any((folder / name).is_file() for name in peft.WEIGHTS):
@@ -135,11 +144,16 @@ def _in_folder(folder: Path) -> Path:
     if len(single) == 1:
         return single[0]
     if single:
-        raise FormatError(f"no adapter_config.json, and several files that could be meant: {some_names([path.name for path in single])}. Name one", path=folder)
+        raise FormatError(
+            f"no adapter_config.json, and several files that could be meant: {some_names([path.name for path in single])}. Name one",
+            path=folder,
+        )
     raise FormatError(f"no adapter: looked for adapter_config.json, adapter/ and {FILES[0]}. {holds}", path=folder)
 
 
-def convert(source: str | os.PathLike[str] | Adapter, to: str, out: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+def convert(
+    source: str | os.PathLike[str] | Adapter, to: str, out: str | os.PathLike[str], *, overwrite: bool = False
+) -> Path:
     """Write an adapter for another tool.
 
     Args:

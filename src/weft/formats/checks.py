@@ -64,7 +64,8 @@ def inside(path: Path, folder: Path) -> Path:
         raise FormatError(f"a link that leads nowhere ({problem}); get the file itself", path=path) from None
     if not any(real.is_relative_to(root) for root in roots):
         raise FormatError(
-            f"this is a link to {real}, outside of its folder: copy the file to where the link is, if you trust it", path=path
+            f"this is a link to {real}, outside of its folder: copy the file to where the link is, if you trust it",
+            path=path,
         )
     return real
 
@@ -103,7 +104,9 @@ def read_json(path: Path, folder: Path | None = None) -> dict[str, Any]:
     """
     size = plain_file(path, folder)
     if size > MAX_JSON_BYTES:
-        raise FormatError(f"{size:,} bytes are too large for a configuration; at most {MAX_JSON_BYTES:,} are read", path=path)
+        raise FormatError(
+            f"{size:,} bytes are too large for a configuration; at most {MAX_JSON_BYTES:,} are read", path=path
+        )
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_JSON_BYTES + 1)
@@ -164,9 +167,15 @@ def check_name(name: str, path: Path) -> None:
         FormatError: empty, too long, control characters.
     """
     if not name or len(name) > MAX_NAME:
-        raise FormatError(f"a name of {len(name)} letters; expected 1 to {MAX_NAME}", path=path, key=shortened(name) or None)
+        raise FormatError(
+            f"a name of {len(name)} letters; expected 1 to {MAX_NAME}", path=path, key=shortened(name) or None
+        )
     if not name.isprintable():
-        raise FormatError("a name with control characters; no tool writes such names: don't trust this file", path=path, key=shortened(name))
+        raise FormatError(
+            "a name with control characters; no tool writes such names: don't trust this file",
+            path=path,
+            key=shortened(name),
+        )
 
 
 def shortened(name: str) -> str:

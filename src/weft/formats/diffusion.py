@@ -20,7 +20,16 @@ from weft.formats.checks import shortened
 
 __all__ = ["COMPONENTS", "Named", "sort_names"]
 
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "controlnet", "diffusion_model")
+COMPONENTS = (
+    "unet",
+    "transformer",
+    "text_encoder",
+    "text_encoder_2",
+    "text_encoder_3",
+    "prior",
+    "controlnet",
+    "diffusion_model",
+)
 _FLAT = {"unet": "unet", "te": "text_encoder", "te1": "text_encoder", "te2": "text_encoder_2", "te3": "text_encoder_3",
          "transformer": "transformer", "prior": "prior"}  # fmt: skip
 _ENDS = (
@@ -67,7 +76,9 @@ def sort_names(keys: Iterable[str], path: Path) -> list[Named]:
         KeysError: a key that belongs to nothing.
     """
     names = list(keys)
-    pipeline = any(re.search(r"\.(to_[qkv]|to_out|attn1|attn2|single_transformer_blocks|ff\.net)\b", key) for key in names)
+    pipeline = any(
+        re.search(r"\.(to_[qkv]|to_out|attn1|attn2|single_transformer_blocks|ff\.net)\b", key) for key in names
+    )
     found: dict[tuple[str, str], Named] = {}
     for key in names:
         matched = next(((match[1], part) for pattern, part in _PARTS if (match := pattern.fullmatch(key))), None)
@@ -78,7 +89,9 @@ def sort_names(keys: Iterable[str], path: Path) -> list[Named]:
         where = _attention(where, key, component)
         item = found.setdefault((component, where), Named(component, where, flat))
         if part in item.parts:
-            raise KeysError(f"a second {part} for {where!r}, beside {shortened(item.parts[part])!r}", path=path, key=shortened(key))
+            raise KeysError(
+                f"a second {part} for {where!r}, beside {shortened(item.parts[part])!r}", path=path, key=shortened(key)
+            )
         item.parts[part] = key
     return list(found.values())
 
@@ -87,9 +100,15 @@ def _refuse(key: str, path: Path) -> None:
     method = next((name for pattern, name in _FOREIGN if pattern.fullmatch(key)), None)
     if method is not None:
         raise UnsupportedError(
-            f"an update of {method}, which weft has not: use it with the tool that made it, or merge it there", path=path, key=shortened(key)
+            f"an update of {method}, which weft has not: use it with the tool that made it, or merge it there",
+            path=path,
+            key=shortened(key),
         )
-    raise KeysError("no part of an update that weft knows: it belongs to nothing; allow_partial=True leaves such keys out", path=path, key=shortened(key))
+    raise KeysError(
+        "no part of an update that weft knows: it belongs to nothing; allow_partial=True leaves such keys out",
+        path=path,
+        key=shortened(key),
+    )
 
 
 def _component(module: str, pipeline: bool) -> tuple[str, str, bool]:

@@ -48,7 +48,10 @@ def stack_experts(adapter: Adapter, model: nn.Module) -> Adapter:
         home = _home(match["owner"], known) if match and path not in known else None
         if match and home is not None:
             if item.magnitude is not None or item.bias is not None:
-                raise KeysError("DoRA or a bias of B on a single expert: stacked experts have neither; load it on transformers 4", key=path)
+                raise KeysError(
+                    "DoRA or a bias of B on a single expert: stacked experts have neither; load it on transformers 4",
+                    key=path,
+                )
             stacks.setdefault(home, {}).setdefault(_PARTS[match["part"]], {})[int(match["index"])] = item
         else:
             router = _router(path, known)
@@ -60,7 +63,16 @@ def stack_experts(adapter: Adapter, model: nn.Module) -> Adapter:
             factors[f"{home}.{name}"] = stacked
     bare = tuple(path for path, item in factors.items() if item.kind == "parameter")
     named = tuple(path for path in factors if path not in set(bare))
-    spec = adapter.spec.replace(targets=named, target_parameters=bare, exclude=(), layers=None, layers_pattern=None, rank_pattern={}, alpha_pattern={}, dropout=0.0)
+    spec = adapter.spec.replace(
+        targets=named,
+        target_parameters=bare,
+        exclude=(),
+        layers=None,
+        layers_pattern=None,
+        rank_pattern={},
+        alpha_pattern={},
+        dropout=0.0,
+    )
     note = f"updates of single experts were stacked for {type(model).__name__}: {len(stacks)} layers, gate and up halves at twice the rank"
     provenance = dataclasses.replace(adapter.provenance, notes=(*adapter.provenance.notes, note))
     return adapter.replace(spec=spec_of(spec, factors), factors=factors, provenance=provenance)
@@ -103,7 +115,10 @@ def _stacked(module: nn.Module, parts: Mapping[str, Mapping[int, Factors]], home
         (A1, B1, s1), (A2, B2, s2) = (halves.get(name, empty) for name in ("gate", "up"))
         upper = torch.cat([B1, B1.new_zeros(*B1.shape[:2], B2.shape[2])], dim=2)
         lower = torch.cat([B2.new_zeros(*B2.shape[:2], B1.shape[2]), B2 * (s2 / s1)], dim=2)
-        made = {"gate_up_proj": Factors(torch.cat([A1, A2], dim=1), torch.cat([upper, lower], dim=1), s1, "parameter"), **made}
+        made = {
+            "gate_up_proj": Factors(torch.cat([A1, A2], dim=1), torch.cat([upper, lower], dim=1), s1, "parameter"),
+            **made,
+        }
     return made
 
 

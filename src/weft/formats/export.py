@@ -49,7 +49,9 @@ def to_vllm(adapter: Adapter) -> Adapter:
     before, after = (sum(item.num_parameters for item in part.values()) for part in (adapter.factors, factors))
     notes = [*adapter.provenance.notes]
     if after > before:
-        notes.append(f"ranks {adapter.ranks()} were filled up to {rank} with zeros: {after:,} numbers in place of {before:,}, the same update")
+        notes.append(
+            f"ranks {adapter.ranks()} were filled up to {rank} with zeros: {after:,} numbers in place of {before:,}, the same update"
+        )
     if lost:
         notes.append(f"scales were multiplied into B, which rounded it by at most {lost:.1e} of its largest value")
     spec = adapter.spec.replace(rank=rank, alpha=float(rank), rank_pattern={}, alpha_pattern={}, rslora=False, dora=False, lora_bias=False,
@@ -67,7 +69,9 @@ def _scaled(B: Tensor, scale: float) -> tuple[Tensor, float]:
     rounded = exact.to(B.dtype)
     largest = float(exact.abs().max()) if exact.numel() else 0.0
     if not bool(torch.isfinite(rounded).all()):
-        raise UnsupportedError(f"the scale {scale:g} carries B beyond the range of {B.dtype}; cast the adapter first, adapter.map(lambda t: t.float())")
+        raise UnsupportedError(
+            f"the scale {scale:g} carries B beyond the range of {B.dtype}; cast the adapter first, adapter.map(lambda t: t.float())"
+        )
     return rounded, float((rounded.double() - exact).abs().max()) / largest if largest else 0.0
 
 
@@ -78,12 +82,26 @@ def _check(adapter: Adapter) -> None:
     refused = (
         ("DoRA", [path for path, item in sites if item.magnitude is not None], merge),
         ("a bias of B (lora_bias)", [path for path, item in sites if item.bias is not None], merge),
-        ("updates of convolutions, bare parameters or attention's in_proj", [path for path, item in sites if item.kind not in ("linear", "embedding")], merge),
-        ("modules trained whole", list(adapter.modules), f"{merge}; or, if they don't matter there, adapter.replace(modules={{}})"),
-        ("trained biases of the base", list(adapter.biases), f"{merge}; or, if they don't matter there, adapter.replace(biases={{}})"),
+        (
+            "updates of convolutions, bare parameters or attention's in_proj",
+            [path for path, item in sites if item.kind not in ("linear", "embedding")],
+            merge,
+        ),
+        (
+            "modules trained whole",
+            list(adapter.modules),
+            f"{merge}; or, if they don't matter there, adapter.replace(modules={{}})",
+        ),
+        (
+            "trained biases of the base",
+            list(adapter.biases),
+            f"{merge}; or, if they don't matter there, adapter.replace(biases={{}})",
+        ),
     )
     for what, paths, way_out in refused:
         if paths:
-            raise UnsupportedError(f"{what} ({some_names(paths, 3)}): servers that read r and lora_alpha alone don't have it: {way_out}")
+            raise UnsupportedError(
+                f"{what} ({some_names(paths, 3)}): servers that read r and lora_alpha alone don't have it: {way_out}"
+            )
     if not adapter.factors:
         raise UnsupportedError("an adapter without factors has nothing to serve")

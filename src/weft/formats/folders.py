@@ -29,7 +29,11 @@ def home_of(folder: Path) -> Path:
 
 
 def write_folder(
-    directory: str | os.PathLike[str], files: Mapping[str, Callable[[Path], None]], *, owned: Iterable[str], overwrite: bool
+    directory: str | os.PathLike[str],
+    files: Mapping[str, Callable[[Path], None]],
+    *,
+    owned: Iterable[str],
+    overwrite: bool,
 ) -> Path:
     """Write files as one: all of them or none.
 
@@ -47,16 +51,23 @@ def write_folder(
     owned = sorted({*owned, *files})
     if os.path.lexists(target) and not target.is_dir():
         raise FormatError("a file stands there: give the name of a directory", path=target)
-    there = [name for name in owned if os.path.lexists(target / name)] + ([STAGED] if (target / STAGED).is_dir() else [])
+    there = [name for name in owned if os.path.lexists(target / name)] + (
+        [STAGED] if (target / STAGED).is_dir() else []
+    )
     if there and not overwrite:
-        raise FormatError(f"holds an adapter already ({some_names(there)}): give another directory, or pass overwrite=True", path=target)
+        raise FormatError(
+            f"holds an adapter already ({some_names(there)}): give another directory, or pass overwrite=True",
+            path=target,
+        )
     try:
         if target.is_dir():
             _into_existing(target, files, owned)
         else:
             _new(target, files)
     except OSError as problem:
-        raise FormatError(f"can't be written: {problem.strerror or problem}", path=problem.filename or target) from problem
+        raise FormatError(
+            f"can't be written: {problem.strerror or problem}", path=problem.filename or target
+        ) from problem
     return target
 
 

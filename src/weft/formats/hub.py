@@ -47,7 +47,9 @@ def fetch(name: str, revision: str | None = None) -> tuple[Path, str]:
     except errors.LocalEntryNotFoundError:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
         reason = "HF_HUB_OFFLINE is set" if offline else "the hub can't be reached"
-        way_out = f"it is not in the local cache, and {reason}: download it where there is a network, or give a directory"
+        way_out = (
+            f"it is not in the local cache, and {reason}: download it where there is a network, or give a directory"
+        )
     except failures as problem:
         way_out = f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[0][:200]}"
     else:

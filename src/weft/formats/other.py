@@ -65,12 +65,15 @@ def read_file(
         return _loralib(found, alpha, enable_lora, allow_partial)
     if any(key.startswith(PREFIX) for key in keys) and alpha is None:
         raise FormatError(
-            "these are PEFT's weights without their adapter_config.json, which says alpha: put the config beside them, or pass alpha=…", path=path
+            "these are PEFT's weights without their adapter_config.json, which says alpha: put the config beside them, or pass alpha=…",
+            path=path,
         )
     return _diffusion(found, alpha, component, allow_partial)
 
 
-def _finished(factors: dict[str, Factors], found: TensorFile, notes: list[str], biases: Mapping[str, Tensor] | None = None) -> Adapter:
+def _finished(
+    factors: dict[str, Factors], found: TensorFile, notes: list[str], biases: Mapping[str, Tensor] | None = None
+) -> Adapter:
     """The adapter, with a spec that names its sites and says their ranks and scales."""
     if not factors:
         raise FormatError(f"holds no LoRA factors; its keys are {some_names(found.tensors, 3)}", path=found.path)
@@ -87,10 +90,15 @@ def _finished(factors: dict[str, Factors], found: TensorFile, notes: list[str], 
 # loralib
 
 
-def _loralib(found: TensorFile, alpha: float | None, enable_lora: Sequence[bool] | None, allow_partial: bool) -> Adapter:
+def _loralib(
+    found: TensorFile, alpha: float | None, enable_lora: Sequence[bool] | None, allow_partial: bool
+) -> Adapter:
     """Keys end in lora_A and lora_B; loralib's state dict keeps neither alpha nor which parts of a fused layer are adapted."""
     if alpha is None:
-        raise FormatError("a state dict of loralib doesn't say its alpha: pass alpha=…, the lora_alpha that it was trained with (loralib's default is 1)", path=found.path)
+        raise FormatError(
+            "a state dict of loralib doesn't say its alpha: pass alpha=…, the lora_alpha that it was trained with (loralib's default is 1)",
+            path=found.path,
+        )
     pairs: dict[str, dict[str, str]] = {}
     biases: dict[str, Tensor] = {}
     strange = []
@@ -110,12 +118,16 @@ def _loralib(found: TensorFile, alpha: float | None, enable_lora: Sequence[bool]
     factors = {}
     for module, parts in pairs.items():
         factors[module] = _update(found, module, parts, _loralib_factors(alpha, enable_lora))
-    notes = [f"loralib: alpha={alpha:g} was given, the file doesn't say it; layers with a fused convolution kernel can't be told from others"]
+    notes = [
+        f"loralib: alpha={alpha:g} was given, the file doesn't say it; layers with a fused convolution kernel can't be told from others"
+    ]
     notes += [f"{len(strange)} tensors that are no factors were left out ({shortened(strange[0])})"] if strange else []
     return _finished(factors, found, notes, biases)
 
 
-def _loralib_factors(alpha: float, enable_lora: Sequence[bool] | None) -> Callable[[Mapping[str, Tensor], str], Factors]:
+def _loralib_factors(
+    alpha: float, enable_lora: Sequence[bool] | None
+) -> Callable[[Mapping[str, Tensor], str], Factors]:
     def build(parts: Mapping[str, Tensor], module: str) -> Factors:
         A, B = parts["A"], parts["B"]
         if A.dim() != 2 or B.dim() != 2:
@@ -123,7 +135,9 @@ def _loralib_factors(alpha: float, enable_lora: Sequence[bool] | None) -> Callab
         rank = B.shape[1]
         if A.shape[0] == rank:
             item = decode(parts, "linear", alpha / rank, rank)
-            return item if module.rpartition(".")[2] not in _EMBEDDINGS else decode(parts, "embedding", alpha / rank, rank)
+            return (
+                item if module.rpartition(".")[2] not in _EMBEDDINGS else decode(parts, "embedding", alpha / rank, rank)
+            )
         if A.shape[0] % rank:
             raise ShapeError(f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}: the ranks differ")
         if enable_lora is None:
@@ -144,21 +158,34 @@ def _diffusion(found: TensorFile, alpha: float | None, component: str | None, al
     components = sorted({item.component for item in named})
     if component is not None:
         if component not in components:
-            raise FormatError(f"has no updates for {component!r}; it has them for {some_names(components)}", path=found.path)
+            raise FormatError(
+                f"has no updates for {component!r}; it has them for {some_names(components)}", path=found.path
+            )
         named = [item for item in named if item.component == component]
     elif len(components) > 1:
-        sizes = ", ".join(f"{name or 'no component'} ({sum(item.component == name for item in named)} sites)" for name in components)
-        raise FormatError(f"holds updates for several models of a pipeline: {sizes}. Say which: component={components[-1]!r}", path=found.path)
+        sizes = ", ".join(
+            f"{name or 'no component'} ({sum(item.component == name for item in named)} sites)" for name in components
+        )
+        raise FormatError(
+            f"holds updates for several models of a pipeline: {sizes}. Say which: component={components[-1]!r}",
+            path=found.path,
+        )
     settings = _metadata(found, named[0].component if named else "")
-    factors = {item.path: _update(found, item.path, item.parts, _diffusion_factors(item, settings, alpha)) for item in named}
+    factors = {
+        item.path: _update(found, item.path, item.parts, _diffusion_factors(item, settings, alpha)) for item in named
+    }
     notes = [f"keys of {'kohya' if any(item.flat for item in named) else 'diffusers'}"]
     if named and named[0].component:
         notes[0] += f", for the {named[0].component} of a pipeline; paths count from that model"
     if any(item.flat for item in named):
-        notes.append("names are flattened: dots and underscores of the model's paths look the same. weft.load(path, base=model) fits them to a model")
+        notes.append(
+            "names are flattened: dots and underscores of the model's paths look the same. weft.load(path, base=model) fits them to a model"
+        )
     if not any("alpha" in item.parts for item in named) and not settings and alpha is None:
         notes.append("the file says no alpha: scale 1, as diffusers and kohya's tools take it")
-    notes += [f"{len(strange)} tensors that belong to nothing were left out ({shortened(strange[0])})"] if strange else []
+    notes += (
+        [f"{len(strange)} tensors that belong to nothing were left out ({shortened(strange[0])})"] if strange else []
+    )
     return _finished(factors, found, notes)
 
 
@@ -183,12 +210,16 @@ def _metadata(found: TensorFile, component: str) -> dict[str, Any]:
     text = found.metadata.get("lora_adapter_metadata")
     if not text:
         return {}
-    said = parse_object(text.encode(), lambda message, key: FormatError(f"lora_adapter_metadata: {message}", path=found.path, key=key))
+    said = parse_object(
+        text.encode(), lambda message, key: FormatError(f"lora_adapter_metadata: {message}", path=found.path, key=key)
+    )
     start = f"{component}." if component else ""
     return {name.removeprefix(start): value for name, value in said.items() if name.startswith(start)}
 
 
-def _diffusion_factors(item: Named, settings: Mapping[str, Any], alpha: float | None) -> Callable[[Mapping[str, Tensor], str], Factors]:
+def _diffusion_factors(
+    item: Named, settings: Mapping[str, Any], alpha: float | None
+) -> Callable[[Mapping[str, Tensor], str], Factors]:
     def build(parts: Mapping[str, Tensor], module: str) -> Factors:
         A = parts["A"]
         rank = int(A.shape[0]) if A.dim() else 0
@@ -221,7 +252,9 @@ def _setting(settings: Mapping[str, Any], module: str, alpha: float | None, rank
     return float(value), settings.get("use_rslora") is True
 
 
-def _update(found: TensorFile, module: str, keys: Mapping[str, str], build: Callable[[Mapping[str, Tensor], str], Factors]) -> Factors:
+def _update(
+    found: TensorFile, module: str, keys: Mapping[str, str], build: Callable[[Mapping[str, Tensor], str], Factors]
+) -> Factors:
     """Factors of one site; every complaint names the file and a key."""
     key = shortened(next(iter(keys.values())))
     missing = [part for part in ("A", "B") if part not in keys]
@@ -230,7 +263,11 @@ def _update(found: TensorFile, module: str, keys: Mapping[str, str], build: Call
     parts = {part: found.tensors[name] for part, name in keys.items()}
     for part, tensor in parts.items():
         if not tensor.is_floating_point() and not (part == "alpha" and tensor.dtype != torch.bool):
-            raise FormatError(f"{tensor.dtype}: factors are float64, float32, bfloat16 or float16", path=found.path, key=shortened(keys[part]))
+            raise FormatError(
+                f"{tensor.dtype}: factors are float64, float32, bfloat16 or float16",
+                path=found.path,
+                key=shortened(keys[part]),
+            )
     try:
         return build(parts, module)
     except ShapeError as problem:

@@ -34,13 +34,16 @@ from weft.formats.peft_starts import check_start, without_start
 from weft.formats.record import RECORD, Record, SiteRecord, config_hash, dtype_of, read_record
 from weft.formats.tensor_files import TensorFile, read_header, read_tensors, sha256_of, write_tensors
 
-__all__ = ["OWNED", "PROOF", "WEIGHTS", "is_adapter", "read", "write"]
+__all__ = ["OWNED", "PROOF", "WEIGHTS", "is_adapter", "problem_for_peft", "read", "write"]
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 OWN_WEIGHTS = "weft_model.safetensors"
 PROOF = "weft_proof.safetensors"
 OWNED = (CONFIG, *WEIGHTS, RECORD, OWN_WEIGHTS, PROOF)
 """Files of an adapter directory."""
+
+_ATTEMPTS = 3
+"""A directory that somebody writes at the same time is read again this often."""
 
 
 def is_adapter(folder: Path) -> bool:
@@ -69,7 +72,28 @@ def read(directory: str | os.PathLike[str], *, allow_partial: bool = False, base
     place = path_of(directory)
     if not os.path.isdir(place):
         raise FormatError("no such directory", path=place)
+    for _ in range(_ATTEMPTS - 1):
+        before = _state(place)
+        try:
+            return _read(home_of(place), allow_partial, base)
+        except FormatError:
+            if _state(place) == before:
+                raise
+    return _read(home_of(place), allow_partial, base)
+
+
+def _state(place: Path) -> list[tuple[int, int]]:
+    """What changes when somebody else writes into a directory."""
     folder = home_of(place)
+    there = [folder / name for name in OWNED if os.path.lexists(folder / name)]
+    try:
+        facts = [os.stat(path) for path in (folder, *there)]
+    except OSError:
+        return []
+    return [(fact.st_ino, fact.st_mtime_ns) for fact in facts]
+
+
+def _read(folder: Path, allow_partial: bool, base: nn.Module | None) -> Adapter:
     if os.path.lexists(folder / RECORD):
         return _read_own(folder)
     config = read_config(folder)
@@ -84,7 +108,9 @@ def read(directory: str | os.PathLike[str], *, allow_partial: bool = False, base
     factors = sites.factors
     if rewritten and base is not None:
         factors = without_start(config, factors, base)
-        notes.append(f"init_lora_weights={config.start!r}: the start that PEFT wrote into its base was taken out of the factors; ranks doubled")
+        notes.append(
+            f"init_lora_weights={config.start!r}: the start that PEFT wrote into its base was taken out of the factors; ranks doubled"
+        )
     spec, more = read_spec(config, factors, sites.names, tuple(modules))
     return Adapter(spec, factors, modules, biases, _provenance(config, [*notes, *more]))
 
@@ -93,7 +119,8 @@ def _weights(folder: Path) -> Path:
     there = [folder / name for name in WEIGHTS if os.path.lexists(folder / name)]
     if not there:
         raise FormatError(
-            f"the weights are missing: looked for {' and '.join(WEIGHTS)}. The folder holds {listing(folder)}: get the whole repository", path=folder
+            f"the weights are missing: looked for {' and '.join(WEIGHTS)}. The folder holds {listing(folder)}: get the whole repository",
+            path=folder,
         )
     return there[0]
 
@@ -108,7 +135,10 @@ def _assemble(
     if not seated and not rest.modules and not rest.biases:
         raise FormatError(f"holds no LoRA factors; its keys are {some_names(tensors, 3) or 'none'}", path=path)
     if not seated and config.get("target_modules") not in (None, [], NOTHING) and not allow_partial:
-        raise KeysError("the config targets modules, the file has factors for none: a part of it is missing; allow_partial=True takes the rest", path=path)
+        raise KeysError(
+            "the config targets modules, the file has factors for none: a part of it is missing; allow_partial=True takes the rest",
+            path=path,
+        )
     sites = read_sites(config, seated, tensors, allow_partial=allow_partial)
     modules = {home: {name: tensors[key] for name, key in names.items()} for home, names in rest.modules.items()}
     biases = {name: tensors[key] for name, key in rest.biases.items()}
@@ -118,7 +148,9 @@ def _assemble(
 def _provenance(config: PeftConfig, notes: list[str]) -> Provenance:
     version = config.get("peft_version")
     return Provenance(
-        base_name=config.get("base_model_name_or_path") or None, versions={"peft": version} if version else {}, notes=tuple(dict.fromkeys(notes))
+        base_name=config.get("base_model_name_or_path") or None,
+        versions={"peft": version} if version else {},
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -138,7 +170,9 @@ def _read_own(folder: Path) -> Adapter:
     if record.proof:
         adapter = adapter.replace(proof=_verified(folder, PROOF, record).tensors)
     if adapter.digest != record.digest:
-        raise _changed(folder / RECORD, f"was changed: the adapter's digest is {adapter.digest[:12]}, it says {record.digest[:12]}")
+        raise _changed(
+            folder / RECORD, f"was changed: the adapter's digest is {adapter.digest[:12]}, it says {record.digest[:12]}"
+        )
     return adapter
 
 
@@ -167,7 +201,9 @@ def _unpack_own(record: Record, found: TensorFile) -> Adapter:
         modules = {path: {name: left.pop(f"{path}.{name}") for name in names} for path, names in record.modules.items()}
         biases = {name: left.pop(name) for name in record.biases}
     except KeyError as problem:
-        raise FormatError("missing: a part of the file is lost", path=found.path, key=shortened(str(problem.args[0]))) from None
+        raise FormatError(
+            "missing: a part of the file is lost", path=found.path, key=shortened(str(problem.args[0]))
+        ) from None
     except ValueError as problem:
         raise FormatError(str(problem), path=found.path) from None
     if left:
@@ -176,13 +212,36 @@ def _unpack_own(record: Record, found: TensorFile) -> Adapter:
 
 
 def _own_factors(site: SiteRecord, left: dict[str, Tensor]) -> Factors:
-    A, B = (left.pop(f"{site.path}.{name}").to(dtype_of(dtype)) for name, dtype in zip(("lora_A", "lora_B"), site.dtypes, strict=True))
-    magnitude, bias = left.pop(f"{site.path}.magnitude", None), left.pop(f"{site.path}.bias", None) if site.bias else None
+    A, B = (
+        left.pop(f"{site.path}.{name}").to(dtype_of(dtype))
+        for name, dtype in zip(("lora_A", "lora_B"), site.dtypes, strict=True)
+    )
+    magnitude, bias = (
+        left.pop(f"{site.path}.magnitude", None),
+        left.pop(f"{site.path}.bias", None) if site.bias else None,
+    )
     return Factors(A, B, site.scale, site.kind, site.kernel, magnitude, bias, site.groups)
 
 
+def problem_for_peft(adapter: Adapter) -> str | None:
+    """What of an adapter PEFT's files can't hold, in words; None where they can hold all of it.
+
+    To be asked before a training starts: the answer depends on sites and settings, not on numbers.
+    """
+    try:
+        pack(adapter)
+    except UnsupportedError as problem:
+        return str(problem)
+    return None
+
+
 def write(
-    adapter: Adapter, directory: str | os.PathLike[str], *, overwrite: bool = False, for_peft: bool = True, leaf_names: bool = False
+    adapter: Adapter,
+    directory: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    for_peft: bool = True,
+    leaf_names: bool = False,
 ) -> Path:
     """Write an adapter directory: all of it or nothing, flushed to the disk.
 
@@ -192,7 +251,8 @@ def write(
         adapter: any; dtypes are kept.
         directory: where to.
         overwrite: replace an adapter that is there; other files in the directory are left alone.
-        for_peft: False writes a layout of weft's own, for what PEFT has no place for. PEFT finds no adapter in such a directory.
+        for_peft: False writes a layout of weft's own, for what PEFT has no place for. PEFT finds no adapter in such a
+            directory.
         leaf_names: target modules by the last part of their paths alone, for servers that read no paths.
 
     Returns:
@@ -204,44 +264,47 @@ def write(
         NotFiniteError: NaN or infinity in the adapter.
     """
     adapter.check_finite()
-    files: dict[str, Callable[[Path], None]] = {}
-    hashes: dict[str, str] = {}
-
-    def put(name: str, tensors: Mapping[str, Tensor]) -> None:
-        def writer(path: Path) -> None:
-            write_tensors(path, tensors)
-            hashes[name] = sha256_of(path)
-
-        files[name] = writer
-
     settings: dict[str, Any] | None = None
+    tensors = {OWN_WEIGHTS: adapter.tensors()}
     if for_peft:
         try:
             packed = pack(adapter, for_servers=leaf_names)
         except UnsupportedError as problem:
             raise UnsupportedError(
-                f"PEFT's files can't hold this adapter: {problem}. adapter.save(directory, for_peft=False) keeps it in a layout that weft reads, and "
-                "weft.merge writes it into a plain model", path=directory
-            ) from None  # fmt: skip
+                f"PEFT's files can't hold this adapter: {problem}. adapter.save(directory, for_peft=False) keeps it in a "
+                "layout that weft reads, and weft.merge writes it into a plain model",
+                path=directory,
+            ) from None
         settings = settings_of(adapter, packed.layout, packed.scales, leaf_names=leaf_names)
-        put(WEIGHTS[0], packed.tensors)
-    else:
-        put(OWN_WEIGHTS, adapter.tensors())
+        tensors = {WEIGHTS[0]: dict(packed.tensors)}
     if adapter.proof:
-        put(PROOF, adapter.proof)
+        tensors[PROOF] = dict(adapter.proof)
+    return write_folder(directory, _writers(adapter, tensors, settings), owned=OWNED, overwrite=overwrite)
+
+
+def _writers(
+    adapter: Adapter, tensors: Mapping[str, dict[str, Tensor]], settings: dict[str, Any] | None
+) -> dict[str, Callable[[Path], None]]:
+    """One function a file, in the order in which they have to be called: the record knows the hashes of the others."""
+    hashes = {CONFIG: config_hash(settings)} if settings is not None else {}
+
+    def weights(name: str) -> Callable[[Path], None]:
+        def writer(path: Path) -> None:
+            write_tensors(path, tensors[name])
+            hashes[name] = sha256_of(path)
+
+        return writer
 
     def record(path: Path) -> None:
-        if settings is not None:
-            hashes[CONFIG] = config_hash(settings)
-        path.write_text(Record.of(adapter, "peft" if for_peft else "weft", hashes).to_json(), encoding="utf-8")
+        layout = "peft" if settings is not None else "weft"
+        path.write_text(Record.of(adapter, layout, hashes).to_json(), encoding="utf-8")
 
-    files[RECORD] = record
+    files = {name: weights(name) for name in tensors} | {RECORD: record}
     if settings is not None:
         text = json.dumps(settings, indent=2, sort_keys=True, allow_nan=False) + "\n"
         files[CONFIG] = lambda path: _write_text(path, text)
-    return write_folder(directory, files, owned=OWNED, overwrite=overwrite)
+    return files
 
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
-

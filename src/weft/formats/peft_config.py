@@ -64,7 +64,9 @@ def _is_ranks(value: Any) -> bool:
 
 
 def _is_alphas(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_ending(key) and is_number(item) and item != 0 for key, item in value.items())
+    return isinstance(value, dict) and all(
+        _is_ending(key) and is_number(item) and item != 0 for key, item in value.items()
+    )
 
 
 def _is_layers(value: Any) -> bool:
@@ -187,10 +189,16 @@ def read_config(folder: Path) -> PeftConfig:
     said = read_json(path, folder)
     method = said.get("peft_type")
     if method is None:
-        raise FormatError("missing: nobody can know which method this is; add \"peft_type\": \"LORA\" if it is LoRA", path=path, key="peft_type")
+        raise FormatError(
+            'missing: nobody can know which method this is; add "peft_type": "LORA" if it is LoRA',
+            path=path,
+            key="peft_type",
+        )
     if method != "LORA":
         raise UnsupportedError(
-            f"this is {shortened(str(method))}, not LORA: weft reads LoRA adapters only; use it with PEFT, or merge it there", path=path, key="peft_type"
+            f"this is {shortened(str(method))}, not LORA: weft reads LoRA adapters only; use it with PEFT, or merge it there",
+            path=path,
+            key="peft_type",
         )
     fields = {name: value for name, value in said.items() if value is not None and name in _FIELDS}
     for name, value in fields.items():
@@ -201,7 +209,11 @@ def read_config(folder: Path) -> PeftConfig:
         if said.get(name) not in (None, False, [], {}):
             raise UnsupportedError(f"{reason}, which weft has not: {way_out}", path=path, key=name)
     if isinstance(fields.get("target_modules"), str) and fields.get("layers_to_transform") is not None:
-        raise FormatError("can't stand beside a regular expression in target_modules; PEFT refuses this, too", path=path, key="layers_to_transform")
+        raise FormatError(
+            "can't stand beside a regular expression in target_modules; PEFT refuses this, too",
+            path=path,
+            key="layers_to_transform",
+        )
     return PeftConfig(path, fields, tuple(_notes(said, fields)))
 
 
@@ -225,5 +237,7 @@ def _notes(said: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
     unknown = [name for name in said if name not in _FIELDS and name not in _WITHOUT_EFFECT and name not in _REFUSED]
     if unknown:
         hints = "".join(dict.fromkeys(did_you_mean(name, _FIELDS) for name in unknown[:3]))
-        notes.append(f"fields that weft doesn't know, ignored: {', '.join(repr(shortened(name)) for name in sorted(unknown)[:20])}.{hints}")
+        notes.append(
+            f"fields that weft doesn't know, ignored: {', '.join(repr(shortened(name)) for name in sorted(unknown)[:20])}.{hints}"
+        )
     return notes

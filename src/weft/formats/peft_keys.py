@@ -107,7 +107,9 @@ def sort_keys(keys: Iterable[str], path: Path) -> SortedKeys:
     if names:
         found.notes.append(f"the keys hold the name of the adapter, {shortened(names.pop())!r}; left out")
     if dropped:
-        found.notes.append(f"{len(dropped)} keys are the base's own weights beside modules trained whole ({shortened(dropped[0])}); left out")
+        found.notes.append(
+            f"{len(dropped)} keys are the base's own weights beside modules trained whole ({shortened(dropped[0])}); left out"
+        )
     if bare:
         found.notes.append(f"{bare} keys don't begin with {PREFIX!r}; taken as paths of the base")
     return found
@@ -129,14 +131,18 @@ def _part(found: SortedKeys, pieces: list[str], at: int, key: str, path: Path) -
     name, tail = pieces[at], pieces[at + 1 :]
     leaf = tail.pop() if tail and tail[-1] in ("weight", "bias") else ""
     if len(tail) > 1 or at == 0:
-        raise KeysError("no key of a LoRA file: expected <path>.lora_A.weight and the like", path=path, key=shortened(key))
+        raise KeysError(
+            "no key of a LoRA file: expected <path>.lora_A.weight and the like", path=path, key=shortened(key)
+        )
     part = "bias" if leaf == "bias" else _PARTS[name]
     if leaf == "bias" and name != "lora_B":
         raise KeysError("a bias where no update has one: only lora_B can have it", path=path, key=shortened(key))
     module, depth, hosts = _module(pieces[:at])
     parts = found.updates.setdefault((module, depth), {})
     if part in parts:
-        raise KeysError(f"a second {part} for {module!r}, beside {shortened(parts[part].key)!r}", path=path, key=shortened(key))
+        raise KeysError(
+            f"a second {part} for {module!r}, beside {shortened(parts[part].key)!r}", path=path, key=shortened(key)
+        )
     parts[part] = Part(key, "embedding" in name)
     if hosts:
         found.hosts[module] = hosts
@@ -164,10 +170,16 @@ def _whole(found: SortedKeys, pieces: list[str], key: str, path: Path) -> None:
     foreign = next((piece for piece in pieces if piece in _FOREIGN_PARTS), None)
     if foreign is not None:
         raise UnsupportedError(
-            f"a tensor of {_FOREIGN_PARTS[foreign]}, which weft has not: use it with the tool that made it, or merge it there", path=path, key=shortened(key)
+            f"a tensor of {_FOREIGN_PARTS[foreign]}, which weft has not: use it with the tool that made it, or merge it there",
+            path=path,
+            key=shortened(key),
         )
     if any(piece.startswith("lora_") for piece in pieces):
-        raise UnsupportedError("a tensor of a LoRA variant that weft doesn't know; use it with the tool that made it", path=path, key=shortened(key))
+        raise UnsupportedError(
+            "a tensor of a LoRA variant that weft doesn't know; use it with the tool that made it",
+            path=path,
+            key=shortened(key),
+        )
     if pieces[-2:] == ["base_layer", "weight"]:
         module, _, _ = _module(pieces[:-1])
         found.copies[module] = key

@@ -49,7 +49,9 @@ def definition_order(names: Iterable[str]) -> list[str] | None:
 
 
 _RENAMED = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
-_MIXTURES = re.compile(r"moe|mixtral|minimax|deepseek|dots1|longcat|solaropen|qwen3next|qwen3omni|flexolmo", re.IGNORECASE)
+_MIXTURES = re.compile(
+    r"moe|mixtral|minimax|deepseek|dots1|longcat|solaropen|qwen3next|qwen3omni|flexolmo", re.IGNORECASE
+)
 
 
 def renamed_by_peft(architecture: str, paths: Iterable[str]) -> frozenset[str]:
@@ -119,12 +121,20 @@ class Layout:
                 self._depth[path] = 1
         for owner, leaves in bare.items():
             if not owner:
-                raise UnsupportedError(f"PEFT can't adapt {leaves[0]!r}, a parameter of the model itself and not of a module in it")
+                raise UnsupportedError(
+                    f"PEFT can't adapt {leaves[0]!r}, a parameter of the model itself and not of a module in it"
+                )
             self._depth[owner] = len(leaves)
-        self._seat(sites, attentions, {owner: definition_order(leaves) or leaves for owner, leaves in bare.items()}, by_weight)
+        self._seat(
+            sites, attentions, {owner: definition_order(leaves) or leaves for owner, leaves in bare.items()}, by_weight
+        )
 
     def _seat(
-        self, sites: Sequence[tuple[str, Kind]], attentions: set[str], bare: Mapping[str, list[str]], by_weight: frozenset[str]
+        self,
+        sites: Sequence[tuple[str, Kind]],
+        attentions: set[str],
+        bare: Mapping[str, list[str]],
+        by_weight: frozenset[str],
     ) -> None:
         for path, kind in sites:
             owner, _, leaf = path.rpartition(".")
@@ -136,7 +146,9 @@ class Layout:
                 if owner not in self.targets:
                     self.targets.append(owner)
                 inner = leaf == "out_proj"
-                self.seats[path] = Seat(self._module(path if inner else owner), owner, "out_proj" if inner else "in_proj")
+                self.seats[path] = Seat(
+                    self._module(path if inner else owner), owner, "out_proj" if inner else "in_proj"
+                )
             else:
                 form: Form = "embedding" if kind == "embedding" else "conv" if kind == "conv" else "linear"
                 self.seats[path] = Seat(self._module(path), f"{path}.weight" if path in by_weight else path, form)
@@ -147,7 +159,9 @@ class Layout:
                 if path in self.seats and other not in self.seats:
                     self.partners[path] = other
                     inner = other == pair[1]
-                    self.seats[other] = Seat(self._module(other if inner else owner), owner, "out_proj" if inner else "in_proj")
+                    self.seats[other] = Seat(
+                        self._module(other if inner else owner), owner, "out_proj" if inner else "in_proj"
+                    )
 
     def _module(self, path: str) -> str:
         """The key of a module, with the wrappers that it is inside of."""
@@ -183,7 +197,9 @@ def encode(item: Factors, form: Form) -> dict[str, Tensor]:
     if item.magnitude is not None and (plain or item.groups > 1):
         raise UnsupportedError("PEFT has no DoRA for bare parameters, nn.MultiheadAttention and grouped convolutions")
     if item.bias is not None and (plain or form == "embedding"):
-        raise UnsupportedError("PEFT has no bias of B (lora_bias) for bare parameters, embeddings and nn.MultiheadAttention")
+        raise UnsupportedError(
+            "PEFT has no bias of B (lora_bias) for bare parameters, embeddings and nn.MultiheadAttention"
+        )
     if item.bias is not None and item.magnitude is not None:
         raise UnsupportedError("PEFT has no bias of B (lora_bias) together with DoRA")
     if form == "embedding":
@@ -222,7 +238,9 @@ def decode(tensors: Mapping[str, Tensor], form: Form, scale: float, rank: int) -
     kernel: tuple[int, ...] = ()
     groups = 1
     if 0 in (*A.shape, *B.shape):
-        raise ShapeError(f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}: no numbers; shards were not gathered when it was saved")
+        raise ShapeError(
+            f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}: no numbers; shards were not gathered when it was saved"
+        )
     if form == "conv":
         A, B, kernel, groups = _conv(A, B)
     elif A.dim() != 2 or B.dim() != 2:
@@ -230,9 +248,13 @@ def decode(tensors: Mapping[str, Tensor], form: Form, scale: float, rank: int) -
     elif form == "parameter":
         A, B = _experts(A, B, rank)
     if A.shape[-2] != rank or B.shape[-1] != rank:
-        raise ShapeError(f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}, which is rank {A.shape[-2]} and {B.shape[-1]}; expected rank {rank}")
+        raise ShapeError(
+            f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}, which is rank {A.shape[-2]} and {B.shape[-1]}; expected rank {rank}"
+        )
     if form == "in_proj" and B.shape[0] != 3 * A.shape[1]:
-        raise ShapeError(f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}; expected 3 · {A.shape[1]} rows for query, key and value")
+        raise ShapeError(
+            f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}; expected 3 · {A.shape[1]} rows for query, key and value"
+        )
     kind: Kind = "attention" if form == "in_proj" or form == "out_proj" else form
     magnitude = tensors.get("magnitude")
     if magnitude is not None:
@@ -244,8 +266,16 @@ def decode(tensors: Mapping[str, Tensor], form: Form, scale: float, rank: int) -
 
 def _conv(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], int]:
     """(r, c, *kernel) and (o, r / groups, 1 …) -> (r, c · kernel), (o, r) block-diagonal, the kernel and the groups."""
-    if A.dim() not in (3, 4, 5) or B.dim() != A.dim() or math.prod(B.shape[2:]) != 1 or A.shape[0] % B.shape[1] or B.shape[0] % (A.shape[0] // B.shape[1]):
-        raise ShapeError(f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}; expected (r, c, *kernel) and (d_out, r / groups, 1 …)")
+    if (
+        A.dim() not in (3, 4, 5)
+        or B.dim() != A.dim()
+        or math.prod(B.shape[2:]) != 1
+        or A.shape[0] % B.shape[1]
+        or B.shape[0] % (A.shape[0] // B.shape[1])
+    ):
+        raise ShapeError(
+            f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}; expected (r, c, *kernel) and (d_out, r / groups, 1 …)"
+        )
     groups = A.shape[0] // B.shape[1]
     return A.flatten(1), spread_groups(B.flatten(1), groups), tuple(A.shape[2:]), groups
 
@@ -254,7 +284,9 @@ def _experts(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(E · r, i) and (o, r · E) -> (E, r, i) and (E, o, r); a plain matrix where E is 1."""
     rows = A.shape[0]
     if rows != B.shape[1] or rows % rank:
-        raise ShapeError(f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}; expected (E · {rank}, d_in) and (d_out, {rank} · E)")
+        raise ShapeError(
+            f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}; expected (E · {rank}, d_in) and (d_out, {rank} · E)"
+        )
     if rows == rank:
         return A, B
     experts = rows // rank

@@ -98,7 +98,9 @@ def pack(adapter: Adapter, *, for_servers: bool = False) -> Packed:
         except (UnsupportedError, ShapeError) as problem:
             raise UnsupportedError(f"{path!r}: {problem}") from None
         tensors |= {f"{seat.key}.{name}": tensor for name, tensor in named.items()}
-        scales[seat.name] = (pairs[seat.name].rank, pairs[seat.name].scale) if seat.name in pairs else (ready.rank, ready.scale)
+        scales[seat.name] = (
+            (pairs[seat.name].rank, pairs[seat.name].scale) if seat.name in pairs else (ready.rank, ready.scale)
+        )
         if path in layout.partners:
             tensors |= _idle(item, layout.seats[layout.partners[path]], scales[seat.name][0])
     if any(item.bias is not None for item in adapter.factors.values()):
@@ -117,7 +119,9 @@ def _by_weight(adapter: Adapter) -> frozenset[str]:
     found = renamed_by_peft(base.architecture if base else "", [*linear, *bare]) & set(linear)
     for path in found:
         if adapter.factors[path].magnitude is not None or adapter.factors[path].bias is not None:
-            raise UnsupportedError(f"{path!r}: PEFT takes layers of this name for stacked experts, where it has neither DoRA nor lora_bias")
+            raise UnsupportedError(
+                f"{path!r}: PEFT takes layers of this name for stacked experts, where it has neither DoRA nor lora_bias"
+            )
     return found
 
 
@@ -125,15 +129,21 @@ def _check_alike(adapter: Adapter) -> None:
     """PEFT switches DoRA for a whole adapter."""
     plain = [path for path, item in adapter.factors.items() if item.magnitude is None]
     if plain and len(plain) < len(adapter.factors):
-        raise UnsupportedError(f"some sites have a DoRA magnitude, {some_names(plain, 3)} have none; PEFT has DoRA for all sites or for none")
+        raise UnsupportedError(
+            f"some sites have a DoRA magnitude, {some_names(plain, 3)} have none; PEFT has DoRA for all sites or for none"
+        )
     for path, item in adapter.factors.items():
         if not item.A.is_floating_point() or item.A.itemsize < 2 or item.B.itemsize < 2:
-            raise UnsupportedError(f"{path!r}: factors of {item.A.dtype} and {item.B.dtype}; cast them, adapter.map(lambda t: t.float())")
+            raise UnsupportedError(
+                f"{path!r}: factors of {item.A.dtype} and {item.B.dtype}; cast them, adapter.map(lambda t: t.float())"
+            )
 
 
 def _pairs(layout: Layout, facts: Mapping[str, tuple[int, float]]) -> dict[str, _Pair]:
     owners = {seat.name for seat in layout.seats.values() if seat.form in ("in_proj", "out_proj")}
-    return {owner: _Pair.of(owner, facts.get(f"{owner}.in_proj_weight"), facts.get(f"{owner}.out_proj")) for owner in owners}
+    return {
+        owner: _Pair.of(owner, facts.get(f"{owner}.in_proj_weight"), facts.get(f"{owner}.out_proj")) for owner in owners
+    }
 
 
 def _ready(item: Factors, seat: Seat, pair: _Pair | None, flipped: bool) -> Factors:
@@ -151,7 +161,9 @@ def _ready(item: Factors, seat: Seat, pair: _Pair | None, flipped: bool) -> Fact
 def _transposed(item: Factors) -> Factors:
     """The update of a matrix that is stored as (d_in, d_out), which PEFT takes as it is stored."""
     if item.A.dim() == 3:
-        raise UnsupportedError("stacked experts with fan_in_fan_out=True: PEFT asks the module (is_transposed) how they are stored")
+        raise UnsupportedError(
+            "stacked experts with fan_in_fan_out=True: PEFT asks the module (is_transposed) how they are stored"
+        )
     return dataclasses.replace(item, A=item.B.mT, B=item.A.mT)
 
 
@@ -159,7 +171,10 @@ def _idle(item: Factors, seat: Seat, rank: int) -> dict[str, Tensor]:
     """Zeros for the projection of an attention that isn't adapted; PEFT has both or none."""
     width = item.d_in
     out = width if seat.form == "out_proj" else 3 * width
-    return {f"{seat.key}.lora_A.weight": item.A.new_zeros(rank, width), f"{seat.key}.lora_B.weight": item.B.new_zeros(out, rank)}
+    return {
+        f"{seat.key}.lora_A.weight": item.A.new_zeros(rank, width),
+        f"{seat.key}.lora_B.weight": item.B.new_zeros(out, rank),
+    }
 
 
 def _missing_biases(adapter: Adapter, layout: Layout, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -167,7 +182,9 @@ def _missing_biases(adapter: Adapter, layout: Layout, tensors: Mapping[str, Tens
     for path, item in adapter.factors.items():
         seat = layout.seats[path]
         if item.bias is None and seat.form not in ("linear", "conv"):
-            raise UnsupportedError(f"{path!r}: PEFT has no lora_bias for a site of this kind; keep it in an adapter of its own")
+            raise UnsupportedError(
+                f"{path!r}: PEFT has no lora_bias for a site of this kind; keep it in an adapter of its own"
+            )
         key = f"{seat.key}.lora_B.bias"
         if key not in tensors:
             yield key, item.B.new_zeros(item.d_out)
@@ -196,7 +213,11 @@ def unpack(record: Record, tensors: Mapping[str, Tensor], path: Path) -> Adapter
         seat = layout.seats[site.path]
         found = {part: left.pop(f"{seat.key}.{name}") for name, part in _PARTS.items() if f"{seat.key}.{name}" in left}
         if "A" not in found or "B" not in found:
-            raise KeysError(f"the factors of {site.path!r} are missing: a part of the file is lost", path=path, key=shortened(seat.key))
+            raise KeysError(
+                f"the factors of {site.path!r} are missing: a part of the file is lost",
+                path=path,
+                key=shortened(seat.key),
+            )
         try:
             factors[site.path] = _restored(site, seat, found, pairs.get(seat.name), record.spec.fan_in_fan_out is True)
         except (ShapeError, UnsupportedError) as problem:
@@ -204,10 +225,17 @@ def unpack(record: Record, tensors: Mapping[str, Tensor], path: Path) -> Adapter
         if site.path in layout.partners:
             for name in ("lora_A.weight", "lora_B.weight"):
                 left.pop(f"{layout.seats[layout.partners[site.path]].key}.{name}", None)
-    modules = {home: {name: _taken(left, f"{layout.module_key(home)}.{name}", path) for name in names} for home, names in record.modules.items()}
+    modules = {
+        home: {name: _taken(left, f"{layout.module_key(home)}.{name}", path) for name in names}
+        for home, names in record.modules.items()
+    }
     biases = {name: _taken(left, layout.parameter_key(name), path) for name in record.biases}
     if left:
-        raise KeysError(f"{len(left)} tensors that belong to nothing: {some_names(left)}", path=path, key=shortened(next(iter(left))))
+        raise KeysError(
+            f"{len(left)} tensors that belong to nothing: {some_names(left)}",
+            path=path,
+            key=shortened(next(iter(left))),
+        )
     return Adapter(record.spec, factors, modules, biases, record.provenance)
 
 
@@ -232,4 +260,3 @@ def _restored(site: SiteRecord, seat: Seat, found: Mapping[str, Tensor], pair: _
     A, B = A.to(dtype_of(site.dtypes[0])).contiguous(), B.to(dtype_of(site.dtypes[1])).contiguous()
     groups = site.groups if site.kind == "conv" else 1
     return dataclasses.replace(item, A=A, B=B, kind=site.kind, groups=groups, bias=item.bias if site.bias else None)
-

@@ -32,7 +32,9 @@ class Rest:
     notes: tuple[str, ...]
 
 
-def read_rest(config: PeftConfig, keys: SortedKeys, tensors: Mapping[str, Tensor], *, allow_partial: bool = False) -> Rest:
+def read_rest(
+    config: PeftConfig, keys: SortedKeys, tensors: Mapping[str, Tensor], *, allow_partial: bool = False
+) -> Rest:
     """Sort everything that is no factor.
 
     Args:
@@ -66,16 +68,24 @@ def read_rest(config: PeftConfig, keys: SortedKeys, tensors: Mapping[str, Tensor
         elif _is_bias(config, path, owner, owners, keys):
             biases[path] = key
         elif not owner or not leaf:
-            raise KeysError("no part of an update, of a module that is trained whole, or of a bias: it belongs to nothing", path=config.path.parent, key=shortened(key))
+            raise KeysError(
+                "no part of an update, of a module that is trained whole, or of a bias: it belongs to nothing",
+                path=config.path.parent,
+                key=shortened(key),
+            )
         else:
             modules.setdefault(owner, {})[leaf] = key
             unlisted.append(owner)
     if by_letters:
-        notes.append(f"the file holds {some_names(sorted(by_letters))}, which modules_to_save names by its last letters only; loaded with the others")
+        notes.append(
+            f"the file holds {some_names(sorted(by_letters))}, which modules_to_save names by its last letters only; loaded with the others"
+        )
     if unlisted:
         notes.append(_unlisted(sorted(set(unlisted))))
     if biases and config.get("bias", "none") == "none":
-        notes.append(f"{len(biases)} biases are in the file, although the config says bias: none ({some_names(biases, 2)}); they are loaded")
+        notes.append(
+            f"{len(biases)} biases are in the file, although the config says bias: none ({some_names(biases, 2)}); they are loaded"
+        )
     notes += _absent(config, [name for name in listed if name not in hit], allow_partial)
     return Rest(modules, biases, tuple(notes))
 
@@ -125,7 +135,10 @@ def _absent(config: PeftConfig, names: list[str], allow_partial: bool) -> list[s
             f"modules_to_save lists {some_names(lost)}, of which the file has nothing: trained modules are lost, and without them the outputs are others. "
             "Get the whole file, or pass allow_partial=True if the model has no such module", path=config.path, key="modules_to_save"
         )  # fmt: skip
-    return [f"modules_to_save lists {name!r}, of which the file has nothing: the base's own is used, if it has one" for name in names]
+    return [
+        f"modules_to_save lists {name!r}, of which the file has nothing: the base's own is used, if it has one"
+        for name in names
+    ]
 
 
 def _copies(config: PeftConfig, keys: SortedKeys, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -134,7 +147,11 @@ def _copies(config: PeftConfig, keys: SortedKeys, tensors: Mapping[str, Tensor])
         parts: Mapping[str, Part] = keys.updates.get((module, 0), {})
         copy = tuple(tensors[key].shape)
         if "A" not in parts or "B" not in parts:
-            raise KeysError(f"a copy of the weight of {module!r}, which this file doesn't adapt: it belongs to nothing", path=config.path.parent, key=shortened(key))
+            raise KeysError(
+                f"a copy of the weight of {module!r}, which this file doesn't adapt: it belongs to nothing",
+                path=config.path.parent,
+                key=shortened(key),
+            )
         A, B = tensors[parts["A"].key], tensors[parts["B"].key]
         expected = (A.shape[-1], B.shape[0]) if parts["A"].embedding else (B.shape[0], A.shape[-1])
         if copy != expected:
@@ -144,4 +161,6 @@ def _copies(config: PeftConfig, keys: SortedKeys, tensors: Mapping[str, Tensor])
             )  # fmt: skip
     if not keys.copies:
         return []
-    return [f"the file holds copies of the base's weights of {some_names(sorted(keys.copies))}: no part of the update; left out"]
+    return [
+        f"the file holds copies of the base's weights of {some_names(sorted(keys.copies))}: no part of the update; left out"
+    ]

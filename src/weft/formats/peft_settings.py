@@ -18,7 +18,10 @@ from weft.spec import LoraSpec
 
 __all__ = ["settings_of"]
 
-def settings_of(adapter: Adapter, layout: Layout, scales: Mapping[str, tuple[int, float]], *, leaf_names: bool = False) -> dict[str, Any]:
+
+def settings_of(
+    adapter: Adapter, layout: Layout, scales: Mapping[str, tuple[int, float]], *, leaf_names: bool = False
+) -> dict[str, Any]:
     """The fields of adapter_config.json.
 
     Fields of later PEFT versions are written only where the adapter needs them, so that earlier ones don't complain.
@@ -82,7 +85,9 @@ def _patterns(values: Mapping[str, float], default: float, said: Mapping[str, fl
     if not values:
         return default, {}
     lost = set(unmatched_patterns(said, values))
-    kept = {pattern: said[pattern] for pattern in sorted(said) if pattern not in lost}  # as JSON sorts them: the first match wins
+    kept = {
+        pattern: said[pattern] for pattern in sorted(said) if pattern not in lost
+    }  # as JSON sorts them: the first match wins
     if all(first_match(kept, name, default) == value for name, value in values.items()):
         return default, kept
     found = list(values.values())

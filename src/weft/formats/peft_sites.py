@@ -75,7 +75,9 @@ def seat_sites(config: PeftConfig, keys: SortedKeys, base: nn.Module | None) -> 
     for module, depth in keys.updates:
         depths[module] = max(depths.get(module, 0), depth + 1)
     found: dict[str, list[Seated]] = {module: [] for module in depths}
-    for (module, depth), parts in sorted(keys.updates.items(), key=lambda item: -item[0][1]):  # innermost first: the first one defined
+    for (module, depth), parts in sorted(
+        keys.updates.items(), key=lambda item: -item[0][1]
+    ):  # innermost first: the first one defined
         leaves = targets.order(module, depths[module], next(iter(parts.values())).key)
         if leaves:
             path = f"{module}.{leaves[depths[module] - 1 - depth]}"
@@ -85,7 +87,9 @@ def seat_sites(config: PeftConfig, keys: SortedKeys, base: nn.Module | None) -> 
         elif module.rpartition(".")[0] in attentions and module.endswith(".out_proj"):
             seated = Seated(module, module.rpartition(".")[0], "out_proj", parts)
         else:
-            seated = Seated(module, module, "embedding" if any(part.embedding for part in parts.values()) else "linear", parts)
+            seated = Seated(
+                module, module, "embedding" if any(part.embedding for part in parts.values()) else "linear", parts
+            )
         found[module].append(seated)
     return [seated for module in dict.fromkeys(module for module, _ in keys.updates) for seated in found[module]]
 
@@ -142,7 +146,9 @@ class _Targets:
         return ordered
 
 
-def read_sites(config: PeftConfig, sites: Sequence[Seated], tensors: Mapping[str, Tensor], *, allow_partial: bool = False) -> ReadSites:
+def read_sites(
+    config: PeftConfig, sites: Sequence[Seated], tensors: Mapping[str, Tensor], *, allow_partial: bool = False
+) -> ReadSites:
     """Factors of all sites.
 
     Args:
@@ -166,16 +172,22 @@ def read_sites(config: PeftConfig, sites: Sequence[Seated], tensors: Mapping[str
             continue
         if missing:
             raise KeysError(
-                f"{site.path!r} has no {missing}: a part of the file is missing; allow_partial=True leaves the site out", path=config.path.parent, key=site.key
+                f"{site.path!r} has no {missing}: a part of the file is missing; allow_partial=True leaves the site out",
+                path=config.path.parent,
+                key=site.key,
             )
         if site.form == "in_proj" and "bias" in site.parts:
             lost_bias.append(site.path)
         factors[site.path] = _factors(config, site, tensors)
         names[site.path] = site.name
     if lost_bias:
-        notes.append(f"B's own bias of {lost_bias[0]!r} (and {len(lost_bias) - 1} more) is left out, as PEFT's forward leaves it out")
+        notes.append(
+            f"B's own bias of {lost_bias[0]!r} (and {len(lost_bias) - 1} more) is left out, as PEFT's forward leaves it out"
+        )
     if any(site.form == "out_proj" for site in sites):
-        notes.append("PEFT adds the update of an nn.MultiheadAttention's out_proj twice; its scale is doubled here, so that the outputs are PEFT's")
+        notes.append(
+            "PEFT adds the update of an nn.MultiheadAttention's out_proj twice; its scale is doubled here, so that the outputs are PEFT's"
+        )
     if factors and all(not item.B.is_meta and not bool(item.B.any()) for item in factors.values()):
         notes.append("every B is zero: this adapter was saved before its first step and changes nothing")
     return ReadSites(factors, names, notes)
@@ -187,7 +199,11 @@ def _missing(config: PeftConfig, site: Seated) -> str:
     for part, field, name in (("magnitude", "use_dora", "lora_magnitude_vector"), ("bias", "lora_bias", "lora_B.bias")):
         there, announced = part in site.parts, bool(config.get(field, False))
         if there and not announced:
-            raise KeysError(f"{site.path!r} has a {name}, but the config says {field}: false; one of both is wrong", path=config.path, key=field)
+            raise KeysError(
+                f"{site.path!r} has a {name}, but the config says {field}: false; one of both is wrong",
+                path=config.path,
+                key=field,
+            )
         if announced and not there and (layer if part == "magnitude" else site.form in ("linear", "conv")):
             return name
     return " and no ".join(f"lora_{part}" for part in ("A", "B") if part not in site.parts)
@@ -195,7 +211,11 @@ def _missing(config: PeftConfig, site: Seated) -> str:
 
 def _factors(config: PeftConfig, site: Seated, tensors: Mapping[str, Tensor]) -> Factors:
     """Factors of one site, every complaint with its key."""
-    found = {part: tensors[where.key] for part, where in site.parts.items() if not (part == "bias" and site.form == "in_proj")}
+    found = {
+        part: tensors[where.key]
+        for part, where in site.parts.items()
+        if not (part == "bias" and site.form == "in_proj")
+    }
     for part, tensor in found.items():
         if not tensor.is_floating_point():
             raise FormatError(
@@ -234,9 +254,18 @@ def fused_factors(A: Tensor, B: Tensor, enabled: Sequence[bool], rank: int, scal
     """
     parts, n = len(enabled), sum(enabled)
     B = B.flatten(1)
-    fits = n and A.dim() == B.dim() == 2 and A.shape[0] == rank * n and B.shape[1] and A.shape[0] % B.shape[1] == 0 and B.shape[0] % n == 0
+    fits = (
+        n
+        and A.dim() == B.dim() == 2
+        and A.shape[0] == rank * n
+        and B.shape[1]
+        and A.shape[0] % B.shape[1] == 0
+        and B.shape[0] % n == 0
+    )
     if not fits or B.shape[0] % (A.shape[0] // B.shape[1]):
-        raise ShapeError(f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}; expected the factors of {n} of {parts} fused parts")
+        raise ShapeError(
+            f"lora_A is {tuple(A.shape)}, lora_B {tuple(B.shape)}; expected the factors of {n} of {parts} fused parts"
+        )
     dense = spread_groups(B, A.shape[0] // B.shape[1])
     rows = dense.shape[0] // n
     pieces = iter(dense.reshape(n, rows, -1))

@@ -18,7 +18,9 @@ __all__ = ["read_spec"]
 _INITS = {"default": "kaiming", "gaussian": "gaussian", "orthogonal": "orthogonal", "eva": "eva"}
 
 
-def read_spec(config: PeftConfig, factors: Mapping[str, Factors], names: Mapping[str, str], modules: tuple[str, ...]) -> tuple[LoraSpec, list[str]]:
+def read_spec(
+    config: PeftConfig, factors: Mapping[str, Factors], names: Mapping[str, str], modules: tuple[str, ...]
+) -> tuple[LoraSpec, list[str]]:
     """The spec of a file, and notes on where it had to differ from the config.
 
     Args:
@@ -72,11 +74,15 @@ def _used(patterns: Mapping[str, float], names: Mapping[str, str], field: str, n
     """Patterns that match something; the others are noted."""
     lost = set(unmatched_patterns(patterns, names.values()))
     if lost:
-        notes.append(f"{field} has entries that match nothing in the file, left out: {', '.join(sorted(repr(name) for name in lost)[:6])}")
+        notes.append(
+            f"{field} has entries that match nothing in the file, left out: {', '.join(sorted(repr(name) for name in lost)[:6])}"
+        )
     return {pattern: value for pattern, value in patterns.items() if pattern not in lost}
 
 
-def _places(config: PeftConfig, factors: Mapping[str, Factors], names: Mapping[str, str], notes: list[str]) -> dict[str, object]:
+def _places(
+    config: PeftConfig, factors: Mapping[str, Factors], names: Mapping[str, str], notes: list[str]
+) -> dict[str, object]:
     """targets, exclude and layers as the config has them, if they name the sites of the file; else the sites themselves."""
     modules = {names[path]: path for path, item in factors.items() if item.kind != "parameter"}
     if not modules:
@@ -113,7 +119,6 @@ def _names_all(modules: Mapping[str, str], said: Mapping[str, object]) -> bool:
     exclude = Names("exclude", said["exclude"])  # type: ignore[arg-type]
     layers = Layers(said["layers"], said["layers_pattern"])  # type: ignore[arg-type]
     return all(
-        targets.find(name) and not exclude.find(name) and (name in targets.entries or layers.allow(name)) for name in modules
+        targets.find(name) and not exclude.find(name) and (name in targets.entries or layers.allow(name))
+        for name in modules
     )
-
-

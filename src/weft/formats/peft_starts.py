@@ -33,7 +33,9 @@ def check_start(config: PeftConfig, base: nn.Module | None) -> bool:
         return True
     ways = [
         "pass the base that it was trained on, weft.load(path, base=model)" if known else "",
-        f"save it with PEFT's path_initial_model_for_weight_conversion={'...' if start != 'loftq' else '(not for LoftQ)'}" if start != "loftq" else "",
+        f"save it with PEFT's path_initial_model_for_weight_conversion={'...' if start != 'loftq' else '(not for LoftQ)'}"
+        if start != "loftq"
+        else "",
         "or, if you attach it to the rewritten base that was saved with it, set init_lora_weights to true in the config",
     ]
     raise UnsupportedError(
@@ -70,11 +72,17 @@ def _weight(base: nn.Module, path: str, item: Factors, config: PeftConfig) -> Te
         raise FormatError(f"the base has no module {path!r}", path=config.path.parent, key=path) from None
     weight = module._parameters.get("weight")
     if weight is None or not weight.is_floating_point() or weight.dim() != 2:
-        raise FormatError(f"the base's {path!r} has no plain matrix to compute the start from", path=config.path.parent, key=path)
+        raise FormatError(
+            f"the base's {path!r} has no plain matrix to compute the start from", path=config.path.parent, key=path
+        )
     W = weight.detach().float()
     W = W.t() if any(cls.__name__ == "Conv1D" for cls in type(module).__mro__) else W
     if tuple(W.shape) != (item.d_out, item.d_in):
-        raise FormatError(f"the base's {path!r} is {tuple(W.shape)}, the update {(item.d_out, item.d_in)}: another base", path=config.path.parent, key=path)
+        raise FormatError(
+            f"the base's {path!r} is {tuple(W.shape)}, the update {(item.d_out, item.d_in)}: another base",
+            path=config.path.parent,
+            key=path,
+        )
     return W
 
 

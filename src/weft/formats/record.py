@@ -29,7 +29,9 @@ RECORD = "weft.json"
 VERSION = 1
 
 _WAY_OUT = f"deleting {RECORD} leaves a plain PEFT directory, which loads without provenance and digest"
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)}
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,17 @@ class SiteRecord:
     def of(cls, path: str, item: Factors) -> SiteRecord:
         """The record of one site."""
         dtypes = (str(item.A.dtype).removeprefix("torch."), str(item.B.dtype).removeprefix("torch."))
-        return cls(path, item.kind, item.scale, tuple(item.A.shape), tuple(item.B.shape), dtypes, tuple(item.kernel), item.groups, item.bias is not None)
+        return cls(
+            path,
+            item.kind,
+            item.scale,
+            tuple(item.A.shape),
+            tuple(item.B.shape),
+            dtypes,
+            tuple(item.kernel),
+            item.groups,
+            item.bias is not None,
+        )
 
     @property
     def rank(self) -> int:
@@ -74,7 +86,7 @@ class Record:
         digest: of the adapter.
         files: sha256 of the other tensor files by name; adapter_config.json by `config_hash`.
         sites: in the order of the model.
-        modules: names of the tensors of each module trained whole, with their dtypes irrelevant here.
+        modules: names of the tensors of each module trained whole.
         biases: parameter paths.
         proof: whether there is a proof.
     """
@@ -94,7 +106,17 @@ class Record:
         """The record of an adapter."""
         sites = tuple(SiteRecord.of(path, item) for path, item in adapter.factors.items())
         modules = {path: tuple(tensors) for path, tensors in adapter.modules.items()}
-        return cls(layout, adapter.digest, dict(files), adapter.spec, sites, modules, tuple(adapter.biases), bool(adapter.proof), adapter.provenance)
+        return cls(
+            layout,
+            adapter.digest,
+            dict(files),
+            adapter.spec,
+            sites,
+            modules,
+            tuple(adapter.biases),
+            bool(adapter.proof),
+            adapter.provenance,
+        )
 
     def to_json(self) -> str:
         """Text of weft.json."""
@@ -111,9 +133,10 @@ class Record:
             "provenance": self.provenance.to_dict(),
             "modules": self.modules,
             "biases": self.biases,
-            "sites": [asdict(site) for site in self.sites],
         }
-        return json.dumps(_plain(said), indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+        text = json.dumps(_plain(said), indent=1, ensure_ascii=False, allow_nan=False, default=str)
+        sites = ",\n  ".join(json.dumps(asdict(site), allow_nan=False) for site in self.sites)
+        return f'{text[:-2]},\n "sites": [\n  {sites}\n ]\n}}\n'  # a line a site: files that people can read
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -140,7 +163,11 @@ def read_record(folder: Path) -> Record:
     said = read_json(path, folder)
     version = said.get("format")
     if version != VERSION:
-        raise FormatError(f"format {shortened(repr(version))}; this weft reads {VERSION}: use a newer weft, or know that {_WAY_OUT}", path=path, key="format")
+        raise FormatError(
+            f"format {shortened(repr(version))}; this weft reads {VERSION}: use a newer weft, or know that {_WAY_OUT}",
+            path=path,
+            key="format",
+        )
     key = ""
     try:
         for key in ("layout", "digest", "files", "spec", "sites", "modules", "biases", "proof", "provenance"):
@@ -163,8 +190,14 @@ def read_record(folder: Path) -> Record:
         sites = tuple(_site(facts) for facts in said[key])
         _expect(len({site.path for site in sites}) == len(sites))
     except (SpecError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as problem:
-        raise FormatError(f"damaged, or written by a later weft ({type(problem).__name__}: {str(problem)[:200]}); {_WAY_OUT}", path=path, key=key) from None
-    return Record(said["layout"], said["digest"], said["files"], spec, sites, modules, biases, bool(said["proof"]), provenance)
+        raise FormatError(
+            f"damaged, or written by a later weft ({type(problem).__name__}: {str(problem)[:200]}); {_WAY_OUT}",
+            path=path,
+            key=key,
+        ) from None
+    return Record(
+        said["layout"], said["digest"], said["files"], spec, sites, modules, biases, bool(said["proof"]), provenance
+    )
 
 
 def _expect(ok: bool) -> None:

@@ -44,7 +44,10 @@ def resolve(adapter: Adapter, model: nn.Module) -> Adapter:
     for name, item in adapter.factors.items():
         candidates = [name] if name in nodes else flat.get(name.replace(".", "_"), [])
         if len(candidates) > 1:
-            raise KeysError(f"{name!r} can be {' or '.join(repr(path) for path in candidates)}: the flattened name doesn't say which", key=name)
+            raise KeysError(
+                f"{name!r} can be {' or '.join(repr(path) for path in candidates)}: the flattened name doesn't say which",
+                key=name,
+            )
         if not candidates:
             lost.append(name)
         elif candidates[0] in found:

@@ -24,7 +24,16 @@ from torch import Tensor
 from weft.errors import FormatError, NotFiniteError
 from weft.formats.checks import check_name, parse_object, plain_file, shortened
 
-__all__ = ["Entry", "NotFiniteFileError", "TensorFile", "parse_header", "read_header", "read_tensors", "sha256_of", "write_tensors"]
+__all__ = [
+    "Entry",
+    "NotFiniteFileError",
+    "TensorFile",
+    "parse_header",
+    "read_header",
+    "read_tensors",
+    "sha256_of",
+    "write_tensors",
+]
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 500_000
@@ -88,8 +97,14 @@ def _head(file: BinaryIO, size: int, path: Path) -> bytes:
     first = file.read(8)
     length = int.from_bytes(first, "little")
     if len(first) < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-        what = "a PyTorch file (zip or pickle): its name should end in .bin" if first[:1] in (b"P", b"\x80") else "cut short or damaged"
-        raise FormatError(f"not a safetensors file of {size:,} bytes: the header would have {length:,} bytes; {what}", path=path)
+        what = (
+            "a PyTorch file (zip or pickle): its name should end in .bin"
+            if first[:1] in (b"P", b"\x80")
+            else "cut short or damaged"
+        )
+        raise FormatError(
+            f"not a safetensors file of {size:,} bytes: the header would have {length:,} bytes; {what}", path=path
+        )
     return first + file.read(length)
 
 
@@ -110,7 +125,9 @@ def parse_header(head: bytes, size: int, path: Path) -> tuple[dict[str, Entry], 
     """
     if len(head) < 9 or len(head) != 8 + int.from_bytes(head[:8], "little") or head[8:9] != b"{":
         raise FormatError("not a safetensors file: there is no header; damaged, or another kind of file", path=path)
-    said = parse_object(head[8:], lambda message, key: FormatError(f"safetensors header: {message}", path=path, key=key))
+    said = parse_object(
+        head[8:], lambda message, key: FormatError(f"safetensors header: {message}", path=path, key=key)
+    )
     metadata = said.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("safetensors header: __metadata__ has to hold text only", path=path, key="__metadata__")
@@ -121,12 +138,21 @@ def parse_header(head: bytes, size: int, path: Path) -> tuple[dict[str, Entry], 
     end = 0
     for name, entry in ordered.items():
         if entry.start != end:
-            what = "bytes of another tensor" if entry.start < end else f"{entry.start - end:,} bytes that belong to nothing"
-            raise FormatError(f"its bytes start at {entry.start:,}, after {end:,}: {what}; the file is damaged", path=path, key=shortened(name))
+            what = (
+                "bytes of another tensor"
+                if entry.start < end
+                else f"{entry.start - end:,} bytes that belong to nothing"
+            )
+            raise FormatError(
+                f"its bytes start at {entry.start:,}, after {end:,}: {what}; the file is damaged",
+                path=path,
+                key=shortened(name),
+            )
         end = entry.stop
     if end != size - len(head):
         raise FormatError(
-            f"the header describes {end:,} bytes, the file has {size - len(head):,} after it: cut short or damaged; get it again", path=path
+            f"the header describes {end:,} bytes, the file has {size - len(head):,} after it: cut short or damaged; get it again",
+            path=path,
         )
     return ordered, metadata
 
@@ -145,14 +171,26 @@ def _entry(name: str, facts: Any, path: Path) -> Entry:
         )  # fmt: skip
     shape, offsets = facts["shape"], facts["data_offsets"]
     for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
-            raise FormatError(f"shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]}; expected lists of whole numbers", path=path, key=key)
+        if not isinstance(numbers, list) or not all(
+            type(number) is int and 0 <= number < 1 << 63 for number in numbers
+        ):
+            raise FormatError(
+                f"shape {str(shape)[:60]} and data_offsets {str(offsets)[:60]}; expected lists of whole numbers",
+                path=path,
+                key=key,
+            )
     if len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
-        raise FormatError(f"{len(shape)} dimensions and {len(offsets)} offsets; expected at most {MAX_DIMENSIONS}, and 2", path=path, key=key)
+        raise FormatError(
+            f"{len(shape)} dimensions and {len(offsets)} offsets; expected at most {MAX_DIMENSIONS}, and 2",
+            path=path,
+            key=key,
+        )
     needed = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != needed:
         raise FormatError(
-            f"shape {shape} of {facts['dtype']} needs {needed:,} bytes, its data_offsets {offsets} hold {offsets[1] - offsets[0]:,}", path=path, key=key
+            f"shape {shape} of {facts['dtype']} needs {needed:,} bytes, its data_offsets {offsets} hold {offsets[1] - offsets[0]:,}",
+            path=path,
+            key=key,
         )
     return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
@@ -261,11 +299,19 @@ def _state_dict(value: Any, path: Path) -> dict[str, Tensor]:
 
 def _owned(name: str, tensor: Tensor, path: Path) -> Tensor:
     """A copy of a tensor that really has the bytes that its shape needs."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    plain = (
+        type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    )
     if not plain or tensor.is_quantized or tensor.dtype not in _DTYPES.values():
-        raise FormatError(f"a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}; expected a plain one", path=path, key=shortened(name))
+        raise FormatError(
+            f"a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}; expected a plain one",
+            path=path,
+            key=shortened(name),
+        )
     if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-        raise FormatError(f"shape {tuple(tensor.shape)} needs more bytes than the file has for it", path=path, key=shortened(name))
+        raise FormatError(
+            f"shape {tuple(tensor.shape)} needs more bytes than the file has for it", path=path, key=shortened(name)
+        )
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
@@ -289,7 +335,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     ready: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()
-        shared = plain.untyped_storage().data_ptr() in seen or plain.untyped_storage().nbytes() != plain.numel() * plain.itemsize
+        shared = (
+            plain.untyped_storage().data_ptr() in seen
+            or plain.untyped_storage().nbytes() != plain.numel() * plain.itemsize
+        )
         ready[name] = plain.clone() if shared else plain
         seen.add(ready[name].untyped_storage().data_ptr())
     save_file(ready, path, metadata={"format": "pt", **(metadata or {})})

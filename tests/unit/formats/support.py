@@ -21,10 +21,19 @@ SMALLEST = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_
 
 def pair(path: str, *, rank: int = 4, d_in: int = 6, d_out: int = 5, prefix: str = PREFIX) -> dict[str, Tensor]:
     """Random factors of one linear site."""
-    return {f"{prefix}{path}.lora_A.weight": torch.randn(rank, d_in), f"{prefix}{path}.lora_B.weight": torch.randn(d_out, rank)}
+    return {
+        f"{prefix}{path}.lora_A.weight": torch.randn(rank, d_in),
+        f"{prefix}{path}.lora_B.weight": torch.randn(d_out, rank),
+    }
 
 
-def folder(at: Path, tensors: Mapping[str, Tensor] | None, config: Mapping[str, Any] | None = SMALLEST, *, pickled: bool = False) -> Path:
+def folder(
+    at: Path,
+    tensors: Mapping[str, Tensor] | None,
+    config: Mapping[str, Any] | None = SMALLEST,
+    *,
+    pickled: bool = False,
+) -> Path:
     """A directory with these tensors and this config."""
     at.mkdir(parents=True, exist_ok=True)
     if config is not None:
@@ -36,7 +45,15 @@ def folder(at: Path, tensors: Mapping[str, Tensor] | None, config: Mapping[str, 
     return at
 
 
-def linear(*, rank: int = 4, d_in: int = 6, d_out: int = 5, scale: float = 2.0, dtype: torch.dtype = torch.float32, **parts: Tensor) -> Factors:
+def linear(
+    *,
+    rank: int = 4,
+    d_in: int = 6,
+    d_out: int = 5,
+    scale: float = 2.0,
+    dtype: torch.dtype = torch.float32,
+    **parts: Tensor,
+) -> Factors:
     """Random factors."""
     return Factors(torch.randn(rank, d_in, dtype=dtype), torch.randn(d_out, rank, dtype=dtype), scale, **parts)
 

@@ -101,7 +101,17 @@ def test_not_finite(value: float, suffix: str, tmp_path: Path) -> None:
 
 
 def test_every_dtype_comes_back(tmp_path: Path) -> None:
-    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+    dtypes = [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+    ]
     tensors = {str(dtype): (torch.randn(3, 4) * 10).to(dtype) for dtype in dtypes}
     tensors |= {"bool": torch.rand(5) > 0.5, "empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5)}
     write_tensors(tmp_path / "x.safetensors", tensors, {"who": "me"})
@@ -169,7 +179,10 @@ def test_pickles_that_claim_more_than_they_hold(tmp_path: Path) -> None:
 
 def test_compressed_zip(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1000)}, tmp_path / "x.bin")
-    with zipfile.ZipFile(tmp_path / "x.bin") as old, zipfile.ZipFile(tmp_path / "y.bin", "w", zipfile.ZIP_DEFLATED) as new:
+    with (
+        zipfile.ZipFile(tmp_path / "x.bin") as old,
+        zipfile.ZipFile(tmp_path / "y.bin", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
         for name in old.namelist():
             new.writestr(name, old.read(name))
     with pytest.raises(FormatError, match="compressed"):

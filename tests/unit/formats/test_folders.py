@@ -30,7 +30,9 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_existing_adapters_are_not_overwritten(tmp_path: Path) -> None:
     first = simple()
     write(first, tmp_path / "a")
-    with pytest.raises(FormatError, match=r"'adapter_config\.json', 'adapter_model\.safetensors', 'weft\.json'.*overwrite=True") as caught:
+    with pytest.raises(
+        FormatError, match=r"'adapter_config\.json', 'adapter_model\.safetensors', 'weft\.json'.*overwrite=True"
+    ) as caught:
         write(simple(), tmp_path / "a")
     assert caught.value.path == str(tmp_path / "a")
     assert read(tmp_path / "a").digest == first.digest
@@ -46,9 +48,20 @@ def test_overwriting_takes_all_of_the_old_and_nothing_else(tmp_path: Path) -> No
     adapter = simple()
     write(adapter, at, overwrite=True)
     assert read(at).digest == adapter.digest
-    assert sorted(path.name for path in at.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "checkpoints", "notes.md", "weft.json"]
+    assert sorted(path.name for path in at.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "checkpoints",
+        "notes.md",
+        "weft.json",
+    ]
     write(adapter, at, overwrite=True, for_peft=False)
-    assert sorted(path.name for path in at.iterdir()) == ["checkpoints", "notes.md", "weft.json", "weft_model.safetensors"]
+    assert sorted(path.name for path in at.iterdir()) == [
+        "checkpoints",
+        "notes.md",
+        "weft.json",
+        "weft_model.safetensors",
+    ]
     assert read(at).digest == adapter.digest
     assert (at / "notes.md").read_text() == "mine"
 
@@ -119,7 +132,9 @@ def killed_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in STEPS:
         counted(name)
     remove = shutil.rmtree
-    monkeypatch.setattr(shutil, "rmtree", lambda *arguments, **options: remove(*arguments, **options) if left[0] > 0 else None)
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda *arguments, **options: remove(*arguments, **options) if left[0] > 0 else None
+    )
 
 
 @pytest.mark.parametrize("old_exists", [False, True])
@@ -153,7 +168,9 @@ def test_killed_at_every_step(old_exists: bool, tmp_path: Path) -> None:
     first = "old" if old_exists else "error"
     assert states[0] == first
     assert states[-1] == "new"
-    assert states == sorted(states, key=(first, "new").index)  # old until a certain step, new from then on, nothing in between
+    assert states == sorted(
+        states, key=(first, "new").index
+    )  # old until a certain step, new from then on, nothing in between
     assert len(states) > (10 if old_exists else 5)
 
 
@@ -179,3 +196,22 @@ def test_other_tools_see_the_old_the_new_or_nothing(tmp_path: Path) -> None:
         if finished:
             break
     assert finished
+
+
+def test_somebody_else_writes_while_we_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weft.formats import peft
+
+    old, new = simple(), simple()
+    write(old, tmp_path / "a")
+    original, calls = peft.read_record, []
+
+    def interrupted(folder: Path) -> object:
+        record = original(folder)
+        calls.append(folder)
+        if len(calls) == 1:
+            write(new, tmp_path / "a", overwrite=True)
+        return record
+
+    monkeypatch.setattr(peft, "read_record", interrupted)
+    assert read(tmp_path / "a").digest == new.digest
+    assert len(calls) == 2

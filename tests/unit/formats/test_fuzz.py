@@ -28,8 +28,13 @@ from weft.formats.tensor_files import parse_header, read_tensors
 QUICK = settings(max_examples=60, deadline=None)
 
 numbers = st.one_of(st.integers(), st.integers(-3, 40), st.floats(), st.booleans(), st.none())
-names = st.one_of(st.text(max_size=12), st.sampled_from(["q_proj", "a.b", "(", "[", "a|b", "(?i)x", "*", "(?P<a>x)", r"\1", "layers", "x" * 2000]))
-values = st.recursive(numbers | names, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4), max_leaves=8)
+names = st.one_of(
+    st.text(max_size=12),
+    st.sampled_from(["q_proj", "a.b", "(", "[", "a|b", "(?i)x", "*", "(?P<a>x)", r"\1", "layers", "x" * 2000]),
+)
+values = st.recursive(
+    numbers | names, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4), max_leaves=8
+)
 
 
 def survives(action: Callable[[], Any]) -> Any:
@@ -100,7 +105,11 @@ def test_any_header(said: dict[str, Any], data: int, lie: int) -> None:
 
 
 @QUICK
-@given(edits, st.sampled_from(["adapter_model.safetensors", "adapter_config.json", "weft.json", "adapter_model.bin"]), st.booleans())
+@given(
+    edits,
+    st.sampled_from(["adapter_model.safetensors", "adapter_config.json", "weft.json", "adapter_model.bin"]),
+    st.booleans(),
+)
 def test_damaged_files(changes: list[tuple[int, bytes, int]], name: str, keep_record: bool) -> None:
     files = dict(valid())
     if name == "adapter_model.bin":
@@ -131,10 +140,35 @@ pieces = st.sampled_from([
     "weight", "bias", "default", "modules_to_save", "original_module", "score", "out_proj", "attn", "experts", "_orig_mod", "lora_up", "lora_down", "lora", "down", "up",
     "alpha", "unet", "to_q", "processor", "lora_unet_a_b", "hada_w1_a", "",
 ])  # fmt: skip
-shapes = st.sampled_from([(), (0,), (4,), (4, 6), (5, 4), (15, 4), (8, 6), (4, 6, 1), (5, 4, 1), (4, 3, 2, 2), (5, 2, 1, 1), (1, 5, 1, 1), (12, 6), (5, 12), (2, 2, 2, 2, 2)])
-dtypes = st.sampled_from([torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn])
+shapes = st.sampled_from(
+    [
+        (),
+        (0,),
+        (4,),
+        (4, 6),
+        (5, 4),
+        (15, 4),
+        (8, 6),
+        (4, 6, 1),
+        (5, 4, 1),
+        (4, 3, 2, 2),
+        (5, 2, 1, 1),
+        (1, 5, 1, 1),
+        (12, 6),
+        (5, 12),
+        (2, 2, 2, 2, 2),
+    ]
+)
+dtypes = st.sampled_from(
+    [torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn]
+)
 states = st.dictionaries(
-    st.tuples(st.booleans(), st.lists(pieces, min_size=1, max_size=6)).map(lambda item: (PREFIX if item[0] else "") + ".".join(item[1])), st.tuples(shapes, dtypes), min_size=1, max_size=6
+    st.tuples(st.booleans(), st.lists(pieces, min_size=1, max_size=6)).map(
+        lambda item: (PREFIX if item[0] else "") + ".".join(item[1])
+    ),
+    st.tuples(shapes, dtypes),
+    min_size=1,
+    max_size=6,
 )
 
 
@@ -165,6 +199,12 @@ def test_any_keys(state: dict[str, tuple[tuple[int, ...], torch.dtype]], config:
 
 
 @QUICK
-@given(st.one_of(st.text(string.printable + "\0", max_size=40), st.text(max_size=8), st.integers(200, 9000).map(lambda count: "x" * count)))
+@given(
+    st.one_of(
+        st.text(string.printable + "\0", max_size=40),
+        st.text(max_size=8),
+        st.integers(200, 9000).map(lambda count: "x" * count),
+    )
+)
 def test_any_source(text: str) -> None:
     survives(lambda: load(text))

@@ -49,7 +49,10 @@ def refusal(source: Any, **options: Any) -> str:
 
 
 def test_what_is_no_adapter(tmp_path: Path) -> None:
-    assert "looked for adapter_config.json, adapter/ and pytorch_lora_weights.safetensors. The folder holds nothing" in refusal(tmp_path)
+    assert (
+        "looked for adapter_config.json, adapter/ and pytorch_lora_weights.safetensors. The folder holds nothing"
+        in refusal(tmp_path)
+    )
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     assert "a model, not an adapter" in refusal(tmp_path / "model")
@@ -97,7 +100,12 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = weft.load("org/name", revision="v1")
     assert found.digest == adapter.digest
     assert (asked["name"], asked["revision"]) == ("org/name", "v1")
-    assert set(asked["allow_patterns"]) >= {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "weft.json"}
+    assert set(asked["allow_patterns"]) >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "adapter_model.bin",
+        "weft.json",
+    }
     assert found.provenance.notes[0] == "from the hub: org/name at commit 0123abc"
     for problem in (OSError("no route to host"), ValueError("bad id")):
 
@@ -150,7 +158,13 @@ def test_for_servers(tmp_path: Path) -> None:
     assert served.provenance.parents[0]["digest"] == adapter.digest
     weft.convert(adapter, to="vllm", out=tmp_path / "v")
     said = json.loads((tmp_path / "v" / "adapter_config.json").read_text())
-    assert (said["r"], said["lora_alpha"], said["use_rslora"], said["rank_pattern"], said["alpha_pattern"]) == (4, 4, False, {}, {})
+    assert (said["r"], said["lora_alpha"], said["use_rslora"], said["rank_pattern"], said["alpha_pattern"]) == (
+        4,
+        4,
+        False,
+        {},
+        {},
+    )
     assert said["target_modules"] == ["embed", "q_proj", "v_proj"]
     assert said["modules_to_save"] is None
     assert weft.load(tmp_path / "v").digest == served.digest
@@ -169,7 +183,10 @@ def test_what_servers_dont_have() -> None:
     cases = [
         (simple(factors={"a.x": linear(magnitude=torch.rand(5))}), r"DoRA \('a\.x'\)"),
         (simple(factors={"a.x": linear(bias=torch.rand(5))}), "bias of B"),
-        (simple(modules={"score": {"weight": torch.ones(2)}}), r"modules trained whole \('score'\).*adapter\.replace\(modules=\{\}\)"),
+        (
+            simple(modules={"score": {"weight": torch.ones(2)}}),
+            r"modules trained whole \('score'\).*adapter\.replace\(modules=\{\}\)",
+        ),
         (simple(biases={"a.bias": torch.ones(2)}), "trained biases"),
         (simple(factors={"a.x": Factors(torch.randn(2, 6), torch.randn(4, 2), 1.0, "conv", (3,))}), "convolutions"),
         (simple(factors={}), "nothing to serve"),

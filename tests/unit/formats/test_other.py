@@ -57,12 +57,28 @@ class Unet(nn.Module):
         (f"{DOWN}.processor.to_out_lora.down.weight", f"{DOWN}.processor.to_out_lora.up.weight", f"{DOWN}.to_out.0"),
         (f"unet.{DOWN}.to_q.lora_A.weight", f"unet.{DOWN}.to_q.lora_B.weight", f"{DOWN}.to_q"),
         (f"unet.{DOWN}.to_q.lora_A.default.weight", f"unet.{DOWN}.to_q.lora_B.default.weight", f"{DOWN}.to_q"),
-        ("transformer.blocks.0.attn1.to_q.lora_A.weight", "transformer.blocks.0.attn1.to_q.lora_B.weight", "blocks.0.attn1.to_q"),
-        ("text_encoder.layers.0.self_attn.to_q_lora.down.weight", "text_encoder.layers.0.self_attn.to_q_lora.up.weight", "layers.0.self_attn.q_proj"),
-        ("text_encoder.l.0.q_proj.lora_linear_layer.down.weight", "text_encoder.l.0.q_proj.lora_linear_layer.up.weight", "l.0.q_proj"),
+        (
+            "transformer.blocks.0.attn1.to_q.lora_A.weight",
+            "transformer.blocks.0.attn1.to_q.lora_B.weight",
+            "blocks.0.attn1.to_q",
+        ),
+        (
+            "text_encoder.layers.0.self_attn.to_q_lora.down.weight",
+            "text_encoder.layers.0.self_attn.to_q_lora.up.weight",
+            "layers.0.self_attn.q_proj",
+        ),
+        (
+            "text_encoder.l.0.q_proj.lora_linear_layer.down.weight",
+            "text_encoder.l.0.q_proj.lora_linear_layer.up.weight",
+            "l.0.q_proj",
+        ),
         ("h.0.c_attn.lora_A.weight", "h.0.c_attn.lora_B.weight", "h.0.c_attn"),
         ("transformer.h.0.c_attn.lora_A.weight", "transformer.h.0.c_attn.lora_B.weight", "transformer.h.0.c_attn"),
-        ("diffusion_model.x.attn1.to_q.lora_down.weight", "diffusion_model.x.attn1.to_q.lora_up.weight", "x.attn1.to_q"),
+        (
+            "diffusion_model.x.attn1.to_q.lora_down.weight",
+            "diffusion_model.x.attn1.to_q.lora_up.weight",
+            "x.attn1.to_q",
+        ),
     ],
 )
 def test_names_of_diffusers(down: str, up: str, path: str, tmp_path: Path) -> None:
@@ -74,7 +90,10 @@ def test_names_of_diffusers(down: str, up: str, path: str, tmp_path: Path) -> No
 
 
 def test_alphas(tmp_path: Path) -> None:
-    tensors = updates((f"unet.{DOWN}.to_q.lora.down.weight", f"unet.{DOWN}.to_q.lora.up.weight"), (f"unet.{DOWN}.to_k.lora.down.weight", f"unet.{DOWN}.to_k.lora.up.weight"))
+    tensors = updates(
+        (f"unet.{DOWN}.to_q.lora.down.weight", f"unet.{DOWN}.to_q.lora.up.weight"),
+        (f"unet.{DOWN}.to_k.lora.down.weight", f"unet.{DOWN}.to_k.lora.up.weight"),
+    )
     tensors |= {f"unet.{DOWN}.to_q.alpha": torch.tensor(2.0), f"unet.{DOWN}.to_k.alpha": torch.tensor([8.0])}
     adapter = load(saved(tmp_path / "x.safetensors", tensors))
     assert {path: item.scale for path, item in adapter.factors.items()} == {f"{DOWN}.to_q": 0.5, f"{DOWN}.to_k": 2.0}
@@ -85,8 +104,17 @@ def test_alphas(tmp_path: Path) -> None:
 
 
 def test_settings_in_the_header(tmp_path: Path) -> None:
-    tensors = updates((f"unet.{DOWN}.to_q.lora_A.weight", f"unet.{DOWN}.to_q.lora_B.weight"), (f"unet.{DOWN}.to_k.lora_A.weight", f"unet.{DOWN}.to_k.lora_B.weight"))
-    said = {"unet.lora_alpha": 8, "unet.r": 4, "unet.alpha_pattern": {"to_k": 16}, "unet.use_rslora": True, "text_encoder.lora_alpha": 99}
+    tensors = updates(
+        (f"unet.{DOWN}.to_q.lora_A.weight", f"unet.{DOWN}.to_q.lora_B.weight"),
+        (f"unet.{DOWN}.to_k.lora_A.weight", f"unet.{DOWN}.to_k.lora_B.weight"),
+    )
+    said = {
+        "unet.lora_alpha": 8,
+        "unet.r": 4,
+        "unet.alpha_pattern": {"to_k": 16},
+        "unet.use_rslora": True,
+        "text_encoder.lora_alpha": 99,
+    }
     adapter = load(saved(tmp_path / "x.safetensors", tensors, {"lora_adapter_metadata": json.dumps(said)}))
     assert {path: item.scale for path, item in adapter.factors.items()} == {f"{DOWN}.to_q": 4.0, f"{DOWN}.to_k": 8.0}
     for value in ({"unet.lora_alpha": "8"}, {"unet.alpha_pattern": {"(": 3}}, {"unet.lora_alpha": 0}):
@@ -110,7 +138,10 @@ def test_several_components(tmp_path: Path) -> None:
 
 def test_magnitudes(tmp_path: Path) -> None:
     names = (f"unet.{DOWN}.to_q.lora_A.weight", f"unet.{DOWN}.to_q.lora_B.weight")
-    for key, value in ((f"unet.{DOWN}.to_q.lora_magnitude_vector", torch.rand(5)), (f"unet.{DOWN}.to_q.dora_scale", torch.rand(5, 1))):
+    for key, value in (
+        (f"unet.{DOWN}.to_q.lora_magnitude_vector", torch.rand(5)),
+        (f"unet.{DOWN}.to_q.dora_scale", torch.rand(5, 1)),
+    ):
         adapter = load(saved(tmp_path / "x.safetensors", updates(names) | {key: value}))
         assert torch.equal(adapter.factors[f"{DOWN}.to_q"].magnitude, value.flatten())  # type: ignore[arg-type]
         assert adapter.spec.dora
@@ -122,9 +153,17 @@ def test_magnitudes(tmp_path: Path) -> None:
 
 
 def kohya(ones: int = 0) -> dict[str, Tensor]:
-    names = [(f"lora_unet_down_blocks_0_attn1_{leaf}.lora_down.weight", f"lora_unet_down_blocks_0_attn1_{leaf}.lora_up.weight") for leaf in ("to_q", "to_out_0", "proj_in")]
+    names = [
+        (
+            f"lora_unet_down_blocks_0_attn1_{leaf}.lora_down.weight",
+            f"lora_unet_down_blocks_0_attn1_{leaf}.lora_up.weight",
+        )
+        for leaf in ("to_q", "to_out_0", "proj_in")
+    ]
     found = updates(*names, ones=ones)
-    return found | {f"lora_unet_down_blocks_0_attn1_{leaf}.alpha": torch.tensor(2.0) for leaf in ("to_q", "to_out_0", "proj_in")}
+    return found | {
+        f"lora_unet_down_blocks_0_attn1_{leaf}.alpha": torch.tensor(2.0) for leaf in ("to_q", "to_out_0", "proj_in")
+    }
 
 
 def test_flattened_names(tmp_path: Path) -> None:
@@ -161,7 +200,11 @@ def test_convolutions(tmp_path: Path) -> None:
 def test_names_that_fit_two_modules_or_none(tmp_path: Path) -> None:
     twice = nn.Module()
     twice.a_b, twice.a = nn.ModuleDict({"c": nn.Linear(6, 5)}), nn.ModuleDict({"b_c": nn.Linear(6, 5)})
-    adapter = load(saved(tmp_path / "x.safetensors", updates(("lora_unet_a_b_c.lora_down.weight", "lora_unet_a_b_c.lora_up.weight"))))
+    adapter = load(
+        saved(
+            tmp_path / "x.safetensors", updates(("lora_unet_a_b_c.lora_down.weight", "lora_unet_a_b_c.lora_up.weight"))
+        )
+    )
     with pytest.raises(KeysError, match=r"'a_b\.c' or 'a\.b_c'"):
         resolve(adapter, twice)
     with pytest.raises(KeysError, match="no modules for 1 of 1 updates: 'a_b_c'"):
@@ -184,11 +227,25 @@ def test_broken_files(tmp_path: Path) -> None:
     with pytest.raises(KeysError, match="has no lora_B"):
         load(saved(tmp_path / "a.safetensors", lonely))
     with pytest.raises(FormatError, match="rank 4 and 3"):
-        load(saved(tmp_path / "b.safetensors", tensors | {"lora_unet_down_blocks_0_attn1_to_q.lora_up.weight": torch.randn(5, 3)}))
+        load(
+            saved(
+                tmp_path / "b.safetensors",
+                tensors | {"lora_unet_down_blocks_0_attn1_to_q.lora_up.weight": torch.randn(5, 3)},
+            )
+        )
     with pytest.raises(FormatError, match=r"torch\.int32"):
-        load(saved(tmp_path / "c.safetensors", tensors | {"lora_unet_down_blocks_0_attn1_to_q.lora_up.weight": torch.ones(5, 4, dtype=torch.int32)}))
+        load(
+            saved(
+                tmp_path / "c.safetensors",
+                tensors | {"lora_unet_down_blocks_0_attn1_to_q.lora_up.weight": torch.ones(5, 4, dtype=torch.int32)},
+            )
+        )
     with pytest.raises(KeysError, match="a second A"):
-        load(saved(tmp_path / "d.safetensors", tensors | {"unet.down_blocks_0_attn1_to_q.lora_A.weight": torch.randn(4, 6)}))
+        load(
+            saved(
+                tmp_path / "d.safetensors", tensors | {"unet.down_blocks_0_attn1_to_q.lora_A.weight": torch.randn(4, 6)}
+            )
+        )
     strange = saved(tmp_path / "e.safetensors", tensors | {"whatever": torch.ones(2)})
     with pytest.raises(KeysError, match="belongs to nothing") as caught:
         load(strange)
@@ -214,7 +271,9 @@ def test_loralib(tmp_path: Path) -> None:
     assert adapter.sites == ("h.0.attn", "h.0.mlp", "wte")
     assert set(adapter.biases) == {"h.0.mlp.bias"}
     assert adapter.factors["wte"].kind == "embedding"
-    torch.testing.assert_close(adapter.factors["h.0.mlp"].delta(), 2 * tensors["h.0.mlp.lora_B"] @ tensors["h.0.mlp.lora_A"])
+    torch.testing.assert_close(
+        adapter.factors["h.0.mlp"].delta(), 2 * tensors["h.0.mlp.lora_B"] @ tensors["h.0.mlp.lora_A"]
+    )
     fused = nn.functional.conv1d(tensors["h.0.attn.lora_A"][None], tensors["h.0.attn.lora_B"][..., None], groups=2)[0]
     delta = adapter.factors["h.0.attn"].delta()
     torch.testing.assert_close(delta[:5], 2 * fused[:5])
@@ -235,7 +294,9 @@ def test_loralib_says_too_little(tmp_path: Path) -> None:
 
 
 def test_loralib_with_a_whole_state_dict(tmp_path: Path) -> None:
-    tensors = {key: tensor for key, tensor in loralib().items() if "attn" not in key} | {"h.0.mlp.weight": torch.randn(5, 6)}
+    tensors = {key: tensor for key, tensor in loralib().items() if "attn" not in key} | {
+        "h.0.mlp.weight": torch.randn(5, 6)
+    }
     path = saved(tmp_path / "x.safetensors", tensors)
     with pytest.raises(KeysError, match="lora_state_dict"):
         load(path, alpha=8)

@@ -30,7 +30,13 @@ def test_smallest(tmp_path: Path) -> None:
     tensors = pair(Q)
     adapter = read(folder(tmp_path, tensors))
     item = adapter.factors[Q]
-    assert (item.rank, item.scale, item.kind, adapter.spec.targets, adapter.spec.alpha) == (4, 2.0, "linear", ("q_proj",), 8.0)
+    assert (item.rank, item.scale, item.kind, adapter.spec.targets, adapter.spec.alpha) == (
+        4,
+        2.0,
+        "linear",
+        ("q_proj",),
+        8.0,
+    )
     assert torch.equal(item.A, tensors[f"{PREFIX}{Q}.lora_A.weight"])
     assert torch.equal(item.B, tensors[f"{PREFIX}{Q}.lora_B.weight"])
     assert adapter.provenance.base is None
@@ -39,19 +45,31 @@ def test_smallest(tmp_path: Path) -> None:
 def test_missing_and_null_fields_get_defaults(tmp_path: Path) -> None:
     adapter = read(folder(tmp_path / "a", pair(Q, rank=8), {"peft_type": "LORA"}))
     assert (adapter.spec.rank, adapter.spec.alpha, adapter.spec.targets) == (8, 8.0, (Q,))
-    nulls = {"peft_type": "LORA", "r": None, "lora_alpha": None, "bias": None, "modules_to_save": None, "rank_pattern": None, "target_modules": None}
+    nulls = {
+        "peft_type": "LORA",
+        "r": None,
+        "lora_alpha": None,
+        "bias": None,
+        "modules_to_save": None,
+        "rank_pattern": None,
+        "target_modules": None,
+    }
     assert read(folder(tmp_path / "b", pair(Q, rank=8), nulls)).spec.rank == 8
 
 
 def test_pickle(tmp_path: Path) -> None:
     tensors = pair(Q)
-    assert torch.equal(read(folder(tmp_path, tensors, pickled=True)).factors[Q].A, tensors[f"{PREFIX}{Q}.lora_A.weight"])
+    assert torch.equal(
+        read(folder(tmp_path, tensors, pickled=True)).factors[Q].A, tensors[f"{PREFIX}{Q}.lora_A.weight"]
+    )
 
 
 def test_fused_query_key_value_of_old_peft(tmp_path: Path) -> None:
     A, B = torch.randn(8, 6), torch.randn(10, 4, 1)  # r = 4, two of three parts, groups = 2
     said = config(enable_lora=[True, False, True], merge_weights=False, fan_in_fan_out=True, target_modules=["c_attn"])
-    adapter = read(folder(tmp_path, {f"{PREFIX}h.0.c_attn.lora_A.weight": A, f"{PREFIX}h.0.c_attn.lora_B.weight": B}, said))
+    adapter = read(
+        folder(tmp_path, {f"{PREFIX}h.0.c_attn.lora_A.weight": A, f"{PREFIX}h.0.c_attn.lora_B.weight": B}, said)
+    )
     item = adapter.factors["h.0.c_attn"]
     x = torch.randn(7, 6)
     thin = nn.functional.conv1d((x @ A.T).T[None], B, groups=2)[0].T
@@ -65,11 +83,23 @@ def test_fused_query_key_value_of_old_peft(tmp_path: Path) -> None:
 def test_fused_layer_of_another_shape(tmp_path: Path) -> None:
     said = config(enable_lora=[True, True, True])
     with pytest.raises(FormatError, match="3 of 3 fused parts"):
-        read(folder(tmp_path, {f"{PREFIX}{Q}.lora_A.weight": torch.randn(8, 6), f"{PREFIX}{Q}.lora_B.weight": torch.randn(10, 4, 1)}, said))
+        read(
+            folder(
+                tmp_path,
+                {f"{PREFIX}{Q}.lora_A.weight": torch.randn(8, 6), f"{PREFIX}{Q}.lora_B.weight": torch.randn(10, 4, 1)},
+                said,
+            )
+        )
 
 
 def test_unknown_fields_are_said(tmp_path: Path) -> None:
-    said = notes(folder(tmp_path, pair(Q), config(use_magic=True, lora_aplha=3, peft_version="0.99.0", auto_mapping={"base_model_class": "GPT2Model"})))
+    said = notes(
+        folder(
+            tmp_path,
+            pair(Q),
+            config(use_magic=True, lora_aplha=3, peft_version="0.99.0", auto_mapping={"base_model_class": "GPT2Model"}),
+        )
+    )
     assert "'lora_aplha', 'use_magic'" in said
     assert "lora_alpha" in said
     assert "GPT2Model" in said
@@ -84,7 +114,11 @@ def test_names_of_wrappers_and_of_the_adapter(tmp_path: Path) -> None:
     assert read(at).sites == (Q,)
     assert "torch.compile" in notes(at)
     assert "'mine'" in notes(at)
-    twice = {**pair("a.q_proj"), f"{PREFIX}b.q_proj.lora_A.one.weight": torch.ones(4, 6), f"{PREFIX}b.q_proj.lora_B.two.weight": torch.ones(5, 4)}
+    twice = {
+        **pair("a.q_proj"),
+        f"{PREFIX}b.q_proj.lora_A.one.weight": torch.ones(4, 6),
+        f"{PREFIX}b.q_proj.lora_B.two.weight": torch.ones(5, 4),
+    }
     with pytest.raises(KeysError, match="several adapters, 'one', 'two'"):
         read(folder(tmp_path / "two", twice))
 
@@ -107,7 +141,9 @@ def test_heads(tmp_path: Path) -> None:
     assert not unlisted.biases
     assert "'score', which modules_to_save doesn't list" in notes(tmp_path / "b")
     deep = {f"{PREFIX}classifier.dense.weight": torch.randn(3, 3), f"{PREFIX}classifier.out.weight": torch.randn(2, 3)}
-    assert set(read(folder(tmp_path / "c", pair(Q) | deep, config(modules_to_save=["classifier"]))).modules["classifier"]) == {"dense.weight", "out.weight"}
+    assert set(
+        read(folder(tmp_path / "c", pair(Q) | deep, config(modules_to_save=["classifier"]))).modules["classifier"]
+    ) == {"dense.weight", "out.weight"}
     assert set(read(folder(tmp_path / "d", pair(Q) | deep)).modules) == {"classifier.dense", "classifier.out"}
 
 
@@ -140,19 +176,34 @@ def test_resized_embeddings_are_said(tmp_path: Path) -> None:
 
 
 def embedding(vocabulary: int = 9) -> dict[str, Tensor]:
-    return {f"{PREFIX}embed.lora_embedding_A": torch.randn(4, vocabulary), f"{PREFIX}embed.lora_embedding_B": torch.randn(6, 4)}
+    return {
+        f"{PREFIX}embed.lora_embedding_A": torch.randn(4, vocabulary),
+        f"{PREFIX}embed.lora_embedding_B": torch.randn(6, 4),
+    }
 
 
 def test_embedding_and_its_copy(tmp_path: Path) -> None:
-    at = folder(tmp_path, embedding() | {f"{PREFIX}embed.base_layer.weight": torch.randn(9, 6)}, config(target_modules=["embed"]))
+    at = folder(
+        tmp_path,
+        embedding() | {f"{PREFIX}embed.base_layer.weight": torch.randn(9, 6)},
+        config(target_modules=["embed"]),
+    )
     adapter = read(at)
-    assert (adapter.factors["embed"].kind, adapter.factors["embed"].d_in, adapter.factors["embed"].d_out) == ("embedding", 9, 6)
+    assert (adapter.factors["embed"].kind, adapter.factors["embed"].d_in, adapter.factors["embed"].d_out) == (
+        "embedding",
+        9,
+        6,
+    )
     assert not adapter.modules
     assert "copies of the base's weights of 'embed'" in notes(at)
 
 
 def test_a_copy_of_another_size(tmp_path: Path) -> None:
-    at = folder(tmp_path, embedding() | {f"{PREFIX}embed.base_layer.weight": torch.randn(10, 6)}, config(target_modules=["embed"]))
+    at = folder(
+        tmp_path,
+        embedding() | {f"{PREFIX}embed.base_layer.weight": torch.randn(10, 6)},
+        config(target_modules=["embed"]),
+    )
     with pytest.raises(FormatError, match=r"\(10, 6\).*\(9, 6\).*resized") as caught:
         read(at)
     assert caught.value.key == f"{PREFIX}embed.base_layer.weight"
@@ -177,7 +228,12 @@ def test_biases(tmp_path: Path) -> None:
 
 def test_scales(tmp_path: Path) -> None:
     tensors = pair("a.q_proj") | pair("b.q_proj", rank=2) | pair("b.v_proj", rank=2)
-    said = config(target_modules=["q_proj", "v_proj"], rank_pattern={"b.q_proj": 2, "v_proj": 2}, alpha_pattern={r"b\..*": 3}, use_rslora=True)
+    said = config(
+        target_modules=["q_proj", "v_proj"],
+        rank_pattern={"b.q_proj": 2, "v_proj": 2},
+        alpha_pattern={r"b\..*": 3},
+        use_rslora=True,
+    )
     adapter = read(folder(tmp_path, tensors, said))
     scales = {path: item.scale for path, item in adapter.factors.items()}
     assert scales == {"a.q_proj": 8 / 2, "b.q_proj": 3 / math.sqrt(2), "b.v_proj": 3 / math.sqrt(2)}
@@ -205,7 +261,10 @@ def test_dora(tmp_path: Path) -> None:
     for ending in ("", ".weight", ".default", ".default.weight"):
         tensors = pair(Q) | {f"{PREFIX}{Q}.lora_magnitude_vector{ending}": magnitude}
         if ending.startswith(".default"):
-            tensors = {key.replace(".weight", ".default.weight") if "lora_A" in key or "lora_B" in key else key: t for key, t in tensors.items()}
+            tensors = {
+                key.replace(".weight", ".default.weight") if "lora_A" in key or "lora_B" in key else key: t
+                for key, t in tensors.items()
+            }
         adapter = read(folder(tmp_path / f"x{ending}", tensors, config(use_dora=True)))
         assert torch.equal(adapter.factors[Q].magnitude, magnitude)  # type: ignore[arg-type]
         assert adapter.spec.dora
@@ -214,7 +273,13 @@ def test_dora(tmp_path: Path) -> None:
     with pytest.raises(KeysError, match="use_dora: false"):
         read(folder(tmp_path / "extra", pair(Q) | {f"{PREFIX}{Q}.lora_magnitude_vector": magnitude}))
     with pytest.raises(FormatError, match="expected 5 numbers"):
-        read(folder(tmp_path / "long", pair(Q) | {f"{PREFIX}{Q}.lora_magnitude_vector": torch.rand(6)}, config(use_dora=True)))
+        read(
+            folder(
+                tmp_path / "long",
+                pair(Q) | {f"{PREFIX}{Q}.lora_magnitude_vector": torch.rand(6)},
+                config(use_dora=True),
+            )
+        )
 
 
 def test_dora_of_a_convolution(tmp_path: Path) -> None:
@@ -315,7 +380,9 @@ FIELDS: list[tuple[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("field", "value"), FIELDS, ids=[f"{index}-{field}" for index, (field, _) in enumerate(FIELDS)])
+@pytest.mark.parametrize(
+    ("field", "value"), FIELDS, ids=[f"{index}-{field}" for index, (field, _) in enumerate(FIELDS)]
+)
 def test_fields_of_the_wrong_type(field: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(FormatError) as caught:
         read(folder(tmp_path, pair(Q), config(**{field: value})))
@@ -329,7 +396,10 @@ def test_no_method(tmp_path: Path) -> None:
 
 
 def test_quantised_factors(tmp_path: Path) -> None:
-    tensors = {f"{PREFIX}{Q}.lora_A.weight": torch.ones(4, 6, dtype=torch.int8), f"{PREFIX}{Q}.lora_B.weight": torch.ones(5, 4)}
+    tensors = {
+        f"{PREFIX}{Q}.lora_A.weight": torch.ones(4, 6, dtype=torch.int8),
+        f"{PREFIX}{Q}.lora_B.weight": torch.ones(5, 4),
+    }
     with pytest.raises(FormatError, match=r"torch\.int8: factors are") as caught:
         read(folder(tmp_path, tensors))
     assert caught.value.key == f"{PREFIX}{Q}.lora_A.weight"
@@ -350,7 +420,9 @@ def test_a_file_of_heads_only(tmp_path: Path) -> None:
     head = {f"{PREFIX}score.weight": torch.ones(2, 3)}
     with pytest.raises(KeysError, match="factors for none"):
         read(folder(tmp_path, head, config(modules_to_save=["score"])))
-    adapter = read(folder(tmp_path / "b", head, config(modules_to_save=["score"], target_modules="dummy-target-modules")))
+    adapter = read(
+        folder(tmp_path / "b", head, config(modules_to_save=["score"], target_modules="dummy-target-modules"))
+    )
     assert adapter.sites == ()
     assert set(adapter.modules) == {"score"}
 
@@ -375,7 +447,10 @@ def test_layers(tmp_path: Path) -> None:
 
 def experts(module: str, *, nested: int, rank: int = 4, E: int = 3) -> dict[str, Tensor]:
     key = f"{PREFIX}{module}" + ".base_layer" * nested
-    return {f"{key}.lora_A.weight": torch.randn(E * rank, 6 + nested), f"{key}.lora_B.weight": torch.randn(5 + nested, rank * E)}
+    return {
+        f"{key}.lora_A.weight": torch.randn(E * rank, 6 + nested),
+        f"{key}.lora_B.weight": torch.randn(5 + nested, rank * E),
+    }
 
 
 def test_experts(tmp_path: Path) -> None:
@@ -385,7 +460,10 @@ def test_experts(tmp_path: Path) -> None:
     assert adapter.sites == ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     inner = adapter.factors["mlp.experts.gate_up_proj"]
     assert (inner.kind, tuple(inner.A.shape), tuple(inner.B.shape)) == ("parameter", (3, 4, 7), (3, 6, 4))
-    A, B = tensors[f"{PREFIX}mlp.experts.base_layer.lora_A.weight"], tensors[f"{PREFIX}mlp.experts.base_layer.lora_B.weight"]
+    A, B = (
+        tensors[f"{PREFIX}mlp.experts.base_layer.lora_A.weight"],
+        tensors[f"{PREFIX}mlp.experts.base_layer.lora_B.weight"],
+    )
     expected = torch.einsum("ore,eri->eoi", B.reshape(6, 4, 3), A.reshape(3, 4, 7)) * 2.0
     torch.testing.assert_close(inner.delta(), expected)
 
@@ -433,7 +511,10 @@ def test_untrained(tmp_path: Path) -> None:
 
 
 def test_config_only(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"looked for adapter_model\.safetensors and adapter_model\.bin\. The folder holds 'adapter_config\.json'"):
+    with pytest.raises(
+        FormatError,
+        match=r"looked for adapter_model\.safetensors and adapter_model\.bin\. The folder holds 'adapter_config\.json'",
+    ):
         read(folder(tmp_path, None))
 
 

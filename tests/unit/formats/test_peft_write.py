@@ -16,7 +16,7 @@ from tests.unit.formats.support import linear, simple
 from weft.adapter import Adapter, Provenance
 from weft.core.factors import Factors, spread_groups
 from weft.errors import FormatError, KeysError, NotFiniteError, UnsupportedError
-from weft.formats.peft import read, write
+from weft.formats.peft import problem_for_peft, read, write
 from weft.formats.peft_config import first_match
 from weft.identity import Fingerprint
 from weft.spec import LoraSpec
@@ -37,7 +37,9 @@ def everything() -> Adapter:
         "matrix.weight": Factors(A(4, 8), A(6, 4), 2.0, "parameter"),
         "head": linear(rank=3, scale=1 / 3, d_in=8, dtype=torch.bfloat16),
     }
-    spec = LoraSpec(rank=4, alpha=8, targets="all-linear", target_parameters=("gate_up_proj",), save_modules=("score",), bias="all")
+    spec = LoraSpec(
+        rank=4, alpha=8, targets="all-linear", target_parameters=("gate_up_proj",), save_modules=("score",), bias="all"
+    )
     base = Fingerprint("TinyModel", "c" * 64, "l" * 64, "w" * 64, "float32", name="org/tiny", commit="abc")
     provenance = Provenance(base=base, data=({"source": "x.jsonl", "examples": 3},), recipe={"epochs": 2, "limit": math.inf}, notes=("a note",),
                             evaluation={"eval_loss": 1.5})  # fmt: skip
@@ -45,7 +47,12 @@ def everything() -> Adapter:
         spec,
         sites,
         {"score": {"weight": A(2, 8), "bias": A(2), "steps": torch.tensor(7)}},
-        {"encoder.0.attn.in_proj_bias": A(24), "head.bias": A(5), "norm.bias": A(8), "encoder.0.experts.gate_up_proj_bias": A(3, 12)},
+        {
+            "encoder.0.attn.in_proj_bias": A(24),
+            "head.bias": A(5),
+            "norm.bias": A(8),
+            "encoder.0.experts.gate_up_proj_bias": A(3, 12),
+        },
         provenance,
         {"input_ids": torch.arange(6).view(2, 3), "logits": A(2, 9)},
     )
@@ -60,7 +67,13 @@ def test_the_same_adapter_comes_back(tmp_path: Path) -> None:
     assert list(back.factors) == list(adapter.factors)
     for path, item in adapter.factors.items():
         twin = back.factors[path]
-        assert (twin.scale, twin.kind, twin.kernel, twin.groups, twin.A.dtype) == (item.scale, item.kind, item.kernel, item.groups, item.A.dtype)
+        assert (twin.scale, twin.kind, twin.kernel, twin.groups, twin.A.dtype) == (
+            item.scale,
+            item.kind,
+            item.kernel,
+            item.groups,
+            item.A.dtype,
+        )
         assert torch.equal(twin.A, item.A)
         assert torch.equal(twin.B, item.B)
     assert back.provenance.base == adapter.provenance.base
@@ -75,7 +88,10 @@ def test_the_same_adapter_comes_back(tmp_path: Path) -> None:
 
 def test_keys_of_the_file(tmp_path: Path) -> None:
     write(everything(), tmp_path / "a")
-    keys = {key.removeprefix("base_model.model."): tuple(tensor.shape) for key, tensor in load_file(tmp_path / "a" / "adapter_model.safetensors").items()}
+    keys = {
+        key.removeprefix("base_model.model."): tuple(tensor.shape)
+        for key, tensor in load_file(tmp_path / "a" / "adapter_model.safetensors").items()
+    }
     assert keys["embed.lora_embedding_A"] == (4, 20)
     assert keys["embed.lora_embedding_B"] == (8, 4)
     assert keys["encoder.0.conv.lora_A.weight"] == (4, 3, 2, 3)
@@ -93,7 +109,9 @@ def test_keys_of_the_file(tmp_path: Path) -> None:
     assert not any("lora_A" in key and "score" in key for key in keys)
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "weft_proof.safetensors", "weft.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "weft_proof.safetensors", "weft.json"]
+)
 def test_a_changed_file_is_named(name: str, tmp_path: Path) -> None:
     write(everything(), tmp_path / "a")
     path = tmp_path / "a" / name
@@ -174,9 +192,20 @@ def settings(adapter: Adapter, tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "settings" / "adapter_config.json").read_text())  # type: ignore[no-any-return]
 
 
+def test_nothing_stands_against_a_plain_adapter() -> None:
+    assert problem_for_peft(simple()) is None
+    assert problem_for_peft(everything()) is None
+
+
 def test_plain_settings(tmp_path: Path) -> None:
     said = settings(simple(), tmp_path)
-    assert (said["r"], said["lora_alpha"], said["target_modules"], said["rank_pattern"], said["alpha_pattern"]) == (4, 8, ["q_proj"], {}, {})
+    assert (said["r"], said["lora_alpha"], said["target_modules"], said["rank_pattern"], said["alpha_pattern"]) == (
+        4,
+        8,
+        ["q_proj"],
+        {},
+        {},
+    )
     assert isinstance(said["lora_alpha"], int)
     assert said["init_lora_weights"] is True
     assert not {"lora_bias", "target_parameters", "exclude_modules"} & set(said)
@@ -189,13 +218,19 @@ def test_base_is_named(tmp_path: Path) -> None:
 
 
 def test_ranks_and_alphas_that_differ(tmp_path: Path) -> None:
-    sites = {"a.q-proj": linear(rank=2, scale=1.5), "ab.q-proj": linear(rank=4, scale=2.0), "x.a.q-proj": linear(rank=4, scale=2.0)}
+    sites = {
+        "a.q-proj": linear(rank=2, scale=1.5),
+        "ab.q-proj": linear(rank=4, scale=2.0),
+        "x.a.q-proj": linear(rank=4, scale=2.0),
+    }
     said = settings(Adapter(LoraSpec(rank=4, alpha=8, targets=("q-proj",)), sites), tmp_path)
     assert said["rank_pattern"] == {r"^a\.q\-proj": 2}
     assert said["alpha_pattern"] == {r"^a\.q\-proj": 3}
     for path, item in sites.items():
         assert first_match(said["rank_pattern"], path, said["r"]) == item.rank
-        assert first_match(said["alpha_pattern"], path, said["lora_alpha"]) / item.rank == pytest.approx(item.scale, rel=1e-15)
+        assert first_match(said["alpha_pattern"], path, said["lora_alpha"]) / item.rank == pytest.approx(
+            item.scale, rel=1e-15
+        )
 
 
 def test_patterns_of_the_spec_are_kept_where_they_are_right(tmp_path: Path) -> None:
@@ -208,13 +243,20 @@ def test_first_match_survives_the_order_of_json(tmp_path: Path) -> None:
     spec = LoraSpec(rank=4, alpha=8, targets=("q_proj",), rank_pattern={"z.q_proj": 2, ".*q_proj": 3})
     sites = {"z.q_proj": linear(rank=2, scale=4.0), "y.q_proj": linear(rank=3, scale=8 / 3)}
     said = settings(Adapter(spec, sites), tmp_path)
-    assert {path: first_match(said["rank_pattern"], path, said["r"]) for path in sites} == {"z.q_proj": 2, "y.q_proj": 3}
+    assert {path: first_match(said["rank_pattern"], path, said["r"]) for path in sites} == {
+        "z.q_proj": 2,
+        "y.q_proj": 3,
+    }
 
 
 def test_rslora(tmp_path: Path) -> None:
     spec = LoraSpec(rank=4, alpha=8, targets=("q_proj",), rslora=True)
     said = settings(Adapter(spec, {"a.q_proj": linear(scale=4.0), "b.q_proj": linear(rank=9, scale=5.0)}), tmp_path)
-    assert (said["lora_alpha"], said["alpha_pattern"], said["rank_pattern"]) == (8, {r"^b\.q_proj": 15}, {r"^b\.q_proj": 9})
+    assert (said["lora_alpha"], said["alpha_pattern"], said["rank_pattern"]) == (
+        8,
+        {r"^b\.q_proj": 15},
+        {r"^b\.q_proj": 9},
+    )
 
 
 def matched(said: dict[str, Any], names: list[str]) -> list[str]:
@@ -229,7 +271,9 @@ def test_names_that_end_other_names(tmp_path: Path) -> None:
     for chosen in (["conv1"], ["conv1", "layer1.0.conv2"], ["layer1.0.conv1"]):
         adapter = Adapter(LoraSpec(rank=4, alpha=8, targets="all-linear"), {path: linear() for path in chosen})
         assert matched(settings(adapter, tmp_path), modules) == chosen
-    by_name = Adapter(LoraSpec(rank=4, alpha=8, targets=("conv1",)), {path: linear() for path in ("conv1", "layer1.0.conv1")})
+    by_name = Adapter(
+        LoraSpec(rank=4, alpha=8, targets=("conv1",)), {path: linear() for path in ("conv1", "layer1.0.conv1")}
+    )
     assert settings(by_name, tmp_path)["target_modules"] == ["conv1"]
 
 
@@ -262,14 +306,18 @@ def attention(**changes: Any) -> Adapter:
     }
     for path, change in changes.items():
         name = f"attn.{path}"
-        sites = {key: item for key, item in sites.items() if key != name} | ({name: change} if change is not None else {})
+        sites = {key: item for key, item in sites.items() if key != name} | (
+            {name: change} if change is not None else {}
+        )
     return Adapter(LoraSpec(rank=4, alpha=8, targets=("attn",)), sites)
 
 
 def test_out_proj_counts_twice_in_peft(tmp_path: Path) -> None:
     adapter = attention()
     write(adapter, tmp_path / "a")
-    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")["base_model.model.attn.base_layer.out_proj.lora_B.weight"]
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")[
+        "base_model.model.attn.base_layer.out_proj.lora_B.weight"
+    ]
     assert torch.equal(stored, adapter.factors["attn.out_proj"].B / 2)
 
 
@@ -303,7 +351,9 @@ def test_projections_of_different_ranks(tmp_path: Path) -> None:
     assert (said["r"], said["lora_alpha"], said["rank_pattern"]) == (4, 8, {})
     stored = load_file(tmp_path / "settings" / "adapter_model.safetensors")
     assert stored["base_model.model.attn.base_layer.out_proj.lora_A.weight"].shape == (4, 8)
-    assert torch.equal(stored["base_model.model.attn.base_layer.out_proj.lora_B.weight"][:, :2], adapter.factors["attn.out_proj"].B)
+    assert torch.equal(
+        stored["base_model.model.attn.base_layer.out_proj.lora_B.weight"][:, :2], adapter.factors["attn.out_proj"].B
+    )
     assert read(tmp_path / "settings").digest == adapter.digest
 
 
@@ -334,6 +384,7 @@ def test_what_peft_has_no_place_for(adapter: Adapter, words: str, tmp_path: Path
     with pytest.raises(UnsupportedError, match=words) as caught:
         adapter.save(tmp_path / "a")
     assert "for_peft=False" in str(caught.value)
+    assert str(problem_for_peft(adapter)) in str(caught.value)
     assert not (tmp_path / "a").exists()
     adapter.save(tmp_path / "a", for_peft=False)
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"weft_model.safetensors", "weft.json"}
@@ -356,13 +407,20 @@ def test_matrix_stored_the_other_way(tmp_path: Path) -> None:
     said = settings(adapter, tmp_path)
     assert said["fan_in_fan_out"] is False
     stored = load_file(tmp_path / "settings" / "adapter_model.safetensors")
-    delta = stored["base_model.model.a.lora_B.weight"] @ stored["base_model.model.a.lora_A.weight"] * said["lora_alpha"] / said["r"]
+    delta = (
+        stored["base_model.model.a.lora_B.weight"]
+        @ stored["base_model.model.a.lora_A.weight"]
+        * said["lora_alpha"]
+        / said["r"]
+    )
     torch.testing.assert_close(delta, item.delta().T)
     assert read(tmp_path / "settings").digest == adapter.digest
 
 
 def test_biases_of_some_sites(tmp_path: Path) -> None:
-    adapter = Adapter(LoraSpec(rank=4, alpha=8, targets=("x",), lora_bias=True), {"a.x": linear(bias=torch.rand(5)), "b.x": linear()})
+    adapter = Adapter(
+        LoraSpec(rank=4, alpha=8, targets=("x",), lora_bias=True), {"a.x": linear(bias=torch.rand(5)), "b.x": linear()}
+    )
     assert settings(adapter, tmp_path)["lora_bias"] is True
     assert not load_file(tmp_path / "settings" / "adapter_model.safetensors")["base_model.model.b.x.lora_B.bias"].any()
     assert read(tmp_path / "settings").digest == adapter.digest

@@ -36,13 +36,17 @@ def gpt2() -> nn.Module:
 def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    return BertForSequenceClassification(BertConfig(vocab_size=64, max_position_embeddings=32, intermediate_size=64, num_labels=2))
+    return BertForSequenceClassification(
+        BertConfig(vocab_size=64, max_position_embeddings=32, intermediate_size=64, num_labels=2)
+    )
 
 
 def distilbert() -> nn.Module:
     from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-    return DistilBertForSequenceClassification(DistilBertConfig(vocab_size=64, max_position_embeddings=32, hidden_dim=64, num_labels=2))
+    return DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=64, max_position_embeddings=32, hidden_dim=64, num_labels=2)
+    )
 
 
 def outputs(model: nn.Module) -> torch.Tensor:
@@ -54,7 +58,9 @@ CASES = [("bhavesh_gpt_lora", gpt2, 12), ("hareshjethani_bert", bert, 24), ("tas
 
 
 @pytest.mark.parametrize(("name", "make", "sites"), CASES)
-def test_loads_on_a_base_of_the_right_shape(name: str, make: type[nn.Module], sites: int, adapters: Path, tmp_path: Path) -> None:
+def test_loads_on_a_base_of_the_right_shape(
+    name: str, make: type[nn.Module], sites: int, adapters: Path, tmp_path: Path
+) -> None:
     peft = pytest.importorskip("peft", reason="compares with peft, which is not installed")
     adapter = weft.load(adapters / name)
     assert len(adapter.sites) == sites
@@ -96,7 +102,10 @@ def test_stable_diffusion(adapters: Path) -> None:
     folder = adapters / "timohavdk_sd15_diffusers"
     adapter = weft.load(folder)
     assert (len(adapter.sites), adapter.ranks()) == (128, "4")
-    assert adapter.provenance.notes[:2] == ("read from pytorch_lora_weights.safetensors", "keys of diffusers, for the unet of a pipeline; paths count from that model")
+    assert adapter.provenance.notes[:2] == (
+        "read from pytorch_lora_weights.safetensors",
+        "keys of diffusers, for the unet of a pipeline; paths count from that model",
+    )
     unet = skeleton({path: (item.d_in, item.d_out) for path, item in adapter.factors.items()})
     with weft.attach(unet, {}) as bank:
         bank.load("style", adapter)
@@ -121,9 +130,13 @@ def skeleton(sites: dict[str, tuple[int, int]]) -> nn.Module:
     return root.to_empty(device="cpu")
 
 
-@pytest.mark.parametrize("name", ["configonly_regex_targets_guanyuch_colpali", "configonly_unet_diffusers_Oxa5", "csequenc_dora_configonly"])
+@pytest.mark.parametrize(
+    "name", ["configonly_regex_targets_guanyuch_colpali", "configonly_unet_diffusers_Oxa5", "csequenc_dora_configonly"]
+)
 def test_configs_without_weights(name: str, adapters: Path) -> None:
-    with pytest.raises(FormatError, match=r"the weights are missing: looked for adapter_model\.safetensors and adapter_model\.bin") as caught:
+    with pytest.raises(
+        FormatError, match=r"the weights are missing: looked for adapter_model\.safetensors and adapter_model\.bin"
+    ) as caught:
         weft.load(adapters / name)
     assert not isinstance(caught.value, UnsupportedError)
     assert name in caught.value.path
