@@ -118,10 +118,13 @@ class Adapter:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Content address: sha256 over spec, factors, modules, biases and the base's fingerprint."""
+        """Content address: sha256 over spec, factors, modules, biases and the base's fingerprint.
+
+        Of the spec only what differs from the defaults: a field that a later version adds changes no digest.
+        """
         base = self.provenance.base
         scales = {path: [item.scale, item.kind, list(item.kernel)] for path, item in self.factors.items()}
-        facts = {"spec": self.spec.to_dict(), "scales": scales, "base": [base.layout, base.weights] if base else None}
+        facts = {"spec": self.spec.changes(), "scales": scales, "base": [base.layout, base.weights] if base else None}
         return digest_of(self.tensors(), facts)
 
     def ranks(self) -> str:

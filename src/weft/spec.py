@@ -135,6 +135,11 @@ class LoraSpec:
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         return {name: list(value) if isinstance(value, tuple) else _plain(value) for name, value in values.items()}
 
+    def changes(self) -> dict[str, Any]:
+        """The fields that differ from the defaults, as plain data."""
+        defaults = LoraSpec().to_dict()
+        return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraSpec:
         """The inverse of `to_dict`; missing keys take their defaults.

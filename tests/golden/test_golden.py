@@ -64,3 +64,11 @@ def test_read_as_peft_reads_it(folder: Path, tmp_path: Path) -> None:
 
 def test_small() -> None:
     assert sum(path.stat().st_size for path in HERE.rglob("*") if path.suffix in (".safetensors", ".json")) < 200_000
+
+
+def test_a_new_field_of_the_spec_changes_no_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later version has more settings; adapters from before keep their address."""
+    adapter = weft.load(WRITTEN[0])
+    original = weft.LoraSpec.to_dict
+    monkeypatch.setattr(weft.LoraSpec, "to_dict", lambda self: {**original(self), "a_later_field": None})
+    assert adapter.replace().digest == adapter.digest
