@@ -309,7 +309,7 @@ def test_nan_and_overflow_are_refused() -> None:
     broken = {**adapter.factors, path: Factors(item.A * torch.nan, item.B, 1.0)}
     with pytest.raises(NotFiniteError, match=path):
         merge(model, adapter.replace(factors=broken))
-    huge = {**adapter.factors, path: Factors(item.A * 1e5, item.B, 1.0)}
+    huge = {**adapter.factors, path: Factors(item.A * 1e9, item.B, 1.0)}
     with pytest.raises(NotFiniteError, match="overflows torch.float16; merge with dtype=torch.float32"):
         merge(model, adapter.replace(factors=huge), dtype=torch.float16)
     endless = {**adapter.factors, path: Factors(item.A * 1e25, item.B * 1e25, 1.0)}
