@@ -97,18 +97,28 @@ def pack(adapter: Adapter, *, for_servers: bool = False) -> Packed:
             named = encode(ready, seat.form)
         except (UnsupportedError, ShapeError) as problem:
             raise UnsupportedError(f"{path!r}: {problem}") from None
-        tensors |= {f"{seat.key}.{name}": tensor for name, tensor in named.items()}
+        _add(tensors, {f"{seat.key}.{name}": tensor for name, tensor in named.items()})
         scales[seat.name] = (
             (pairs[seat.name].rank, pairs[seat.name].scale) if seat.name in pairs else (ready.rank, ready.scale)
         )
         if path in layout.partners:
-            tensors |= _idle(item, layout.seats[layout.partners[path]], scales[seat.name][0])
+            _add(tensors, _idle(item, layout.seats[layout.partners[path]], scales[seat.name][0]))
     if any(item.bias is not None for item in adapter.factors.values()):
-        tensors |= dict(_missing_biases(adapter, layout, tensors))
+        _add(tensors, dict(_missing_biases(adapter, layout, tensors)))
     for path, module in adapter.modules.items():
-        tensors |= {f"{layout.module_key(path)}.{name}": tensor for name, tensor in module.items()}
-    tensors |= {layout.parameter_key(path): tensor for path, tensor in adapter.biases.items()}
+        _add(tensors, {f"{layout.module_key(path)}.{name}": tensor for name, tensor in module.items()})
+    _add(tensors, {layout.parameter_key(path): tensor for path, tensor in adapter.biases.items()})
     return Packed(tensors, layout, scales)
+
+
+def _add(tensors: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    """Put tensors in; a key that is taken would lose one of the two."""
+    twice = [key for key in more if key in tensors]
+    if twice:
+        raise UnsupportedError(
+            f"two parts of the adapter would be stored as {twice[0]!r}: a weight that is adapted twice, or trained whole as well"
+        )
+    tensors |= more
 
 
 def _by_weight(adapter: Adapter) -> frozenset[str]:

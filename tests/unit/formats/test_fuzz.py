@@ -135,6 +135,33 @@ def test_any_config(said: dict[str, Any]) -> None:
     in_folder(lambda place: read(folder(place, pair("model.layers.0.q_proj"), said), allow_partial=True))
 
 
+@QUICK
+@given(st.lists(st.tuples(st.lists(st.integers(0, 20), min_size=1, max_size=5), values), min_size=1, max_size=3))
+def test_any_record(changes: list[tuple[list[int], Any]]) -> None:
+    """Values somewhere in weft.json are replaced."""
+    files = dict(valid())
+    said = json.loads(files["weft.json"])
+    for steps, value in changes:
+        inner = said
+        for step in steps:
+            names_here = list(inner) if isinstance(inner, dict) else list(range(len(inner)))
+            if not names_here:
+                break
+            name = names_here[step % len(names_here)]
+            if step == steps[-1] or not isinstance(inner[name], dict | list):
+                inner[name] = value
+                break
+            inner = inner[name]
+    files["weft.json"] = json.dumps(said).encode()
+
+    def action(place: Path) -> Adapter:
+        for name, raw in files.items():
+            (place / name).write_bytes(raw)
+        return read(place)
+
+    in_folder(action)
+
+
 pieces = st.sampled_from([
     "base_model", "model", "layers", "0", "q_proj", "base_layer", "lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector",
     "weight", "bias", "default", "modules_to_save", "original_module", "score", "out_proj", "attn", "experts", "_orig_mod", "lora_up", "lora_down", "lora", "down", "up",
