@@ -163,7 +163,7 @@ class Demo:
         """Train the adapter."""
         data = self.write_data()
         self.run = train(
-            base=self.model, data=data / "train.jsonl", eval_data=data / "valid.jsonl", recipe=self.recipe,
+            base=self.base, data=data / "train.jsonl", eval_data=data / "valid.jsonl", recipe=self.recipe,
             out=self.folder / "run", progress=progress,
         )  # fmt: skip
         return self.run

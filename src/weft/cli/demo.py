@@ -32,6 +32,7 @@ def demo(
     Plan, train, compare, merge, prove: an adapter for a task that the base can't do. Offline, in a minute or two.
     """
     started = time.monotonic()
+    show.remark("weft: the whole life of an adapter, on a small base that comes with it.", quiet)
     from weft.demo import Demo
 
     story = Demo(out, base=base)
@@ -59,7 +60,7 @@ def demo(
 def _plan(story: Demo, plan: DemoPlan) -> None:
     example = story.learned[0]
     show.heading("1", "Plan")
-    show.result("The base is a small language model; it reads plain English, and has never seen a\nrecord.\n")
+    show.result("The base is a small language model: it reads plain English, and knows no records.\n")
     show.pairs([("task", "a message becomes a record"), ("  from", example["prompt"]), ("  to", example["completion"])])
     share = plan.adapter_parameters / plan.base_parameters
     spec = story.recipe.spec
@@ -73,9 +74,7 @@ def _plan(story: Demo, plan: DemoPlan) -> None:
             _memory("base, if it was trained", plan.base_parameters, plan.full),
         ],
     )  # fmt: skip
-    show.result(
-        f"\nThe adapter: rank {rank} at {plan.sites} sites, {share:.1%} of the base's numbers; activations come on top."
-    )
+    show.result(f"\nRank {rank} at {plan.sites} sites: {share:.1%} of the base's numbers. Activations come on top.")
 
 
 def _memory(name: str, count: int, held: object) -> tuple[str, ...]:
@@ -126,7 +125,9 @@ def _next(story: Demo) -> None:
     show.result("With this adapter:\n")
     test = story.folder / "data" / "test.jsonl"
     lines = [
-        show.command("weft", "generate", *base, "--adapter", str(run), story.asked[1]["prompt"]),
+        show.command(
+            "weft", "generate", *base, "--adapter", str(run), min((row["prompt"] for row in story.asked), key=len)
+        ),
         show.command("weft", "eval", *base, "--adapter", str(run), "--data", str(test)),
         show.command("weft", "inspect", str(run), *base, "--prove"),
     ]
