@@ -192,6 +192,7 @@ class AdapterTrainer(Trainer):
         target = checkpoints.beside(folder, step)
         if self.args.should_save:
             checkpoints.clean(folder)
+            target.mkdir(parents=True, exist_ok=True)  # before other processes write into it
         self.accelerator.wait_for_everyone()
         self.store_flos()
         self.save_model(str(target), _internal_call=True)

@@ -244,7 +244,7 @@ def test_quantised_layers_keep_their_forward(p: float, seed: int) -> None:
     first = model(x)
     first.sum().backward()
     assert len(grads_of(bank, "a")) == 2
-    assert torch.allclose(first, expected) == (p == 0)
+    assert torch.allclose(first, expected, rtol=1e-4, atol=1e-5) == (p == 0)
     bank.detach()
     before.check()
 
