@@ -32,7 +32,7 @@ def demo(
     Plan, train, compare, merge, prove: an adapter for a task that the base can't do. Offline, in a minute or two.
     """
     started = time.monotonic()
-    show.remark("weft: the whole life of an adapter, on a small base that comes with it.", quiet)
+    show.remark("The whole life of an adapter, on a small base that comes with weft.", quiet)
     from weft.demo import Demo
 
     story = Demo(out, base=base)
