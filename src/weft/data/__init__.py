@@ -25,6 +25,8 @@ Reading::
               .where(i) -> "train.jsonl, line 18"
     overlap(train, evaluation) -> Overlap: .rows .prompts .count .warning() ("" where there is none)
 
+    read_table(source) -> Table: .rows .numbers .where(i)   rows as they stand, of no kind yet; a Table is a source too
+
 Rows by kind (extra columns are kept in the rows and ignored)::
 
     "chat"            {"messages": [{"role", "content"}, …]}, optionally "tools"
@@ -71,6 +73,7 @@ from weft.data.examples import Examples, Overlap, load_examples, overlap
 from weft.data.kinds import KINDS
 from weft.data.packing import pack, require_packing
 from weft.data.prompts import Prompt, encode_prompts, prompts
+from weft.data.sources import Table, read_table
 
 __all__ = [
     "IGNORED",
@@ -82,6 +85,7 @@ __all__ = [
     "LengthGroupedSampler",
     "Overlap",
     "Prompt",
+    "Table",
     "Tally",
     "collator",
     "encode",
@@ -91,5 +95,6 @@ __all__ = [
     "pack",
     "padding_share",
     "prompts",
+    "read_table",
     "require_packing",
 ]

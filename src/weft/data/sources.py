@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def read_table(source: Any, limit: int | None = None) -> Table:
     """Read rows.
 
     Args:
-        source: see `weft.data.load_examples`.
+        source: see `weft.data.load_examples`; or a table, which is its own.
         limit: read only so many rows from the beginning.
 
     Raises:
@@ -55,6 +55,8 @@ def read_table(source: Any, limit: int | None = None) -> Table:
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit}: expected at least 1 row, or None for all")
+    if isinstance(source, Table):
+        return source if limit is None else replace(source, rows=source.rows[:limit], numbers=source.numbers[:limit])
     try:
         table = _read_text(source, limit) if isinstance(source, str | Path) else _read_object(source, limit)
     except OSError as error:  # a folder on the way that may not be entered, a name that no file system takes

@@ -1,8 +1,8 @@
 """The trainer: `transformers.Trainer` with a bank on its model. A subclass, not a copy.
 
 What is changed: checkpoints hold the adapter and not the base, and are complete or not there; the loss of an evaluation is
-a mean over tokens; B may have a learning rate of its own; the order of the data is a function of seed and epoch; a loss
-that is not finite stops the run. All else (mixed precision, accumulation, DDP, FSDP, DeepSpeed, trackers) is Trainer's.
+a mean over tokens; B may have a learning rate of its own; the order of the data is a function of seed and epoch, dropout one of
+seed and step; a loss that is not finite stops the run. All else (mixed precision, accumulation, DDP, FSDP, DeepSpeed, trackers) is Trainer's.
 This module does not know files of data, recipes' texts or run folders.
 """
 
@@ -27,8 +27,9 @@ from weft.train import checkpoints
 from weft.train.schedule import Schedule
 from weft.train.scoring import Score, keeps_logits, losses, wanted_positions
 from weft.train.sharding import whole_parameters
+from weft.train.streams import own_stream, stream_seed
 
-__all__ = ["AdapterTrainer", "Setup", "parameter_groups"]
+__all__ = ["AdapterTrainer", "Setup", "parameter_groups", "rate_and_decay"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class AdapterTrainer(Trainer):
         self._eval_collator = eval_collator or data_collator
         self._keeps_logits = not setup.classifies and not args.torch_compile and keeps_logits(model)
         self._trained = _trained_tensors(model, setup.bank, setup.slot)
+        self._micro = (-1, 0)
         super().__init__(
             model=model,
             args=args,
@@ -101,12 +103,15 @@ class AdapterTrainer(Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Trainer's; refuses to go on with a loss that is not finite.
+        """Trainer's; dropout has a stream of its own, and a loss that is not finite ends the run.
 
         Raises:
             NotFiniteError: says at which step, and what to change.
         """
-        loss: Tensor = super().training_step(*args, **kwargs)
+        step = self.state.global_step
+        self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
+        with own_stream(stream_seed(self.args.seed, *self._micro, self.args.process_index)):
+            loss: Tensor = super().training_step(*args, **kwargs)
         if not bool(torch.isfinite(loss)):
             raise NotFiniteError(self._diverged(f"the loss is {float(loss)}"))
         return loss
@@ -298,12 +303,16 @@ def parameter_groups(
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            leaf = name.rpartition(".")[2]
-            own_rate = rate * lora_plus_ratio if lora_plus_ratio is not None and leaf == "lora_B" else rate
-            own_decay = 0.0 if leaf in ("bias", "magnitude") else decay
-            groups.setdefault((own_rate, own_decay), []).append(parameter)
+            groups.setdefault(rate_and_decay(name, rate, decay, lora_plus_ratio), []).append(parameter)
     by_rate = sorted(groups.items(), key=lambda item: (item[0][0] != rate, -item[0][1]))
     return [{"params": params, "lr": own_rate, "weight_decay": own_decay} for (own_rate, own_decay), params in by_rate]
+
+
+def rate_and_decay(name: str, rate: float, decay: float, lora_plus_ratio: float | None) -> tuple[float, float]:
+    """Learning rate and weight decay of one parameter, by the last part of its name; see `parameter_groups`."""
+    leaf = name.rpartition(".")[2]
+    own_rate = rate * lora_plus_ratio if lora_plus_ratio is not None and leaf == "lora_B" else rate
+    return own_rate, 0.0 if leaf in ("bias", "magnitude") else decay
 
 
 def _summed_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

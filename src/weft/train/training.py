@@ -36,7 +36,7 @@ from weft.train.schedule import Facts, Schedule, settle
 from weft.train.session import Outcome, Session, check_names, training_arguments
 from weft.train.sharding import check_whole
 
-__all__ = ["train"]
+__all__ = ["digests_of", "dtype_of", "facts_of", "name_of", "not_for_peft", "one_recipe", "process_count", "provenance_of", "train"]
 
 SLOT = "trained"
 OBJECT = "(given)"
@@ -87,7 +87,7 @@ def train(
     job = (
         call.resumed(base, data, eval_data, spec, recipe)
         if resume
-        else _Job(base, data, eval_data, _one_recipe(spec, recipe))
+        else _Job(base, data, eval_data, one_recipe(spec, recipe))
     )
     if resume and call.folder.finished:
         return Run.open(out)
@@ -96,7 +96,7 @@ def train(
     check_names(job.recipe)
     texts = read(job.recipe, job.data, job.eval_data)
     call.say(texts.train.summary(), *([texts.evaluated.summary()] if texts.evaluated else []))
-    model, tokenizer = open_base(job.base, labels=texts.train.labels or None, dtype=_dtype(job.recipe))
+    model, tokenizer = open_base(job.base, labels=texts.train.labels or None, dtype=dtype_of(job.recipe))
     with as_before(model):
         return _train(call, job, texts, model, tokenizer)
 
@@ -117,7 +117,7 @@ class _Job:
     def names(self) -> dict[str, Any]:
         """How to find base and data again; objects can't be."""
         named = {"base": self.base, "data": self.data, "eval_data": self.eval_data}
-        return {name: _name(value) for name, value in named.items()}
+        return {name: name_of(value) for name, value in named.items()}
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class _Call:
         stored = folder.read_environment().get("inputs", {})
         saved = Recipe.load(folder.recipe)
         if spec is not None or recipe is not None:
-            _check_recipe(folder, saved, _one_recipe(spec, recipe))
+            _check_recipe(folder, saved, one_recipe(spec, recipe))
         given: dict[str, Any] = {"base": base, "data": data, "eval_data": eval_data}
         for name, value in given.items():
             if value is None and stored.get(name) == OBJECT:
@@ -179,18 +179,18 @@ def _train(call: _Call, job: _Job, texts: Texts, model: nn.Module, tokenizer: An
     recipe, folder = job.recipe, call.folder
     inputs = prepare(recipe, texts, model, tokenizer)
     spec = with_head(job.spec, model) if inputs.train.kind == "classification" else job.spec
-    schedule = settle(recipe, _facts(inputs, model, recipe, spec))
+    schedule = settle(recipe, facts_of(inputs, model, recipe, spec))
     batches = inputs.first_batches(recipe) if spec.init in ("eva", "lora_ga") else None
     recipe = recipe.replace(spec=spec, kind=texts.kind, max_length=inputs.max_length)
     with attach(model, {SLOT: spec}, batches=batches, seed=recipe.seed) as bank:
         begin = bank.adapter(SLOT)
         assert begin.provenance.base is not None
-        known = {"fingerprint": begin.provenance.base.to_dict(), "data": _digests(inputs), "processes": _processes()}
+        known = {"fingerprint": begin.provenance.base.to_dict(), "data": digests_of(inputs), "processes": process_count()}
         if call.resume:
             _check_same(folder, known)
-        notes = (*inputs.notes, *bank.notes(SLOT), *(problem := _not_for_peft(begin)))
+        notes = (*inputs.notes, *bank.notes(SLOT), *(problem := not_for_peft(begin)))
         environment = describe_environment() | known | {"inputs": job.names()}
-        provenance = _provenance(inputs, recipe, schedule, environment["versions"])
+        provenance = provenance_of(inputs, recipe, schedule, environment["versions"])
         with contextlib.ExitStack() as stack:
             if call.main:
                 stack.enter_context(call.start(recipe, environment))
@@ -227,7 +227,7 @@ def _headline(inputs: Inputs, schedule: Schedule, bank: Bank) -> list[str]:
     ]
 
 
-def _not_for_peft(adapter: Adapter) -> tuple[str, ...]:
+def not_for_peft(adapter: Adapter) -> tuple[str, ...]:
     """A note if PEFT's files can't express this spec; found out before the training, by writing its start."""
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -237,7 +237,7 @@ def _not_for_peft(adapter: Adapter) -> tuple[str, ...]:
     return ()
 
 
-def _provenance(inputs: Inputs, recipe: Recipe, schedule: Schedule, versions: Mapping[str, str]) -> Provenance:
+def provenance_of(inputs: Inputs, recipe: Recipe, schedule: Schedule, versions: Mapping[str, str]) -> Provenance:
     kept = ("source", "digest", "examples", "kind", "labels")
     data = ({"role": role, **{name: part[name] for name in kept if name in part}} for role, part in inputs.data.items())
     settled = {"spec": None, "learning_rate": schedule.learning_rate, "steps": schedule.steps}
@@ -273,7 +273,7 @@ def _report(
     )
 
 
-def _one_recipe(spec: LoraSpec | None, recipe: Recipe | None) -> Recipe:
+def one_recipe(spec: LoraSpec | None, recipe: Recipe | None) -> Recipe:
     recipe = recipe or Recipe()
     if spec is None:
         return recipe
@@ -326,7 +326,7 @@ def _check_same(folder: Folder, known: Mapping[str, Any]) -> None:
         )
 
 
-def _facts(inputs: Inputs, model: nn.Module, recipe: Recipe, spec: LoraSpec) -> Facts:
+def facts_of(inputs: Inputs, model: nn.Module, recipe: Recipe, spec: LoraSpec) -> Facts:
     import torch
 
     config: Any = getattr(model, "config", None)
@@ -338,17 +338,17 @@ def _facts(inputs: Inputs, model: nn.Module, recipe: Recipe, spec: LoraSpec) -> 
         kind=inputs.train.kind,
         width=next((int(width) for width in widths if isinstance(width, int)), 0),
         family=str(getattr(config, "model_type", "")),
-        processes=_processes(),
+        processes=process_count(),
         cpu=recipe.device == "cpu" or not torch.cuda.is_available(),
         alpha=spec.scale_at("") * spec.rank_at(""),
     )
 
 
-def _digests(inputs: Inputs) -> dict[str, str]:
+def digests_of(inputs: Inputs) -> dict[str, str]:
     return {role: part["digest"] for role, part in inputs.data.items()}
 
 
-def _name(value: Any) -> Any:
+def name_of(value: Any) -> Any:
     """A path (absolute where it is one), a hub id or a number, as it can be written down."""
     if value is None or isinstance(value, float):
         return value
@@ -358,9 +358,9 @@ def _name(value: Any) -> Any:
     return os.path.abspath(text) if os.path.exists(text) else text
 
 
-def _processes() -> int:
+def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _dtype(recipe: Recipe) -> str | None:
+def dtype_of(recipe: Recipe) -> str | None:
     return None if recipe.dtype == "auto" else recipe.dtype

@@ -1,0 +1,37 @@
+"""Random streams that belong to an adapter: what is drawn in a step depends on seed and step, and on nothing else.
+
+So a resumed run draws what it would have drawn, an evaluation in between changes nothing, and an adapter that is trained
+beside others draws what it draws alone. This module does not know models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["own_stream", "stream_seed"]
+
+
+def stream_seed(seed: int, step: int, micro: int = 0, process: int = 0) -> int:
+    """The seed of one forward: 63 bits.
+
+    Args:
+        seed: of the recipe.
+        step: optimizer steps that were done before.
+        micro: which forward of the step.
+        process: rank of the process; each has rows of its own.
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{micro}/{process}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@contextlib.contextmanager
+def own_stream(seed: int) -> Iterator[None]:
+    """Draw from a stream of one's own; afterwards torch's generators are where they were."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
