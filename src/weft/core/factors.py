@@ -6,6 +6,7 @@ This module does not know which layer the update is for, only the kind of it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +17,17 @@ from torch import Tensor
 
 from weft.errors import NotFiniteError, ShapeError
 
-__all__ = ["Factors", "Kind", "compact_groups", "concat", "spread_groups", "truncate"]
+__all__ = [
+    "Factors",
+    "Kind",
+    "blocks",
+    "compact_groups",
+    "concat",
+    "from_blocks",
+    "inner",
+    "spread_groups",
+    "truncate",
+]
 
 Kind = Literal["linear", "conv", "embedding", "attention", "parameter"]
 
@@ -132,7 +143,7 @@ class Factors:
         if not math.isfinite(self.scale):
             raise NotFiniteError(f"{where}: scale is {self.scale}; expected a finite number")
         for name, tensor in self.tensors().items():
-            if not bool(torch.isfinite(tensor).all()):
+            if not math.isfinite(float(tensor.sum())) and not bool(torch.isfinite(tensor).all()):  # a sum is quick
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise NotFiniteError(
                     f"{where}: {name} has {bad} of {tensor.numel()} values that are NaN or infinite; the training that "
@@ -141,10 +152,14 @@ class Factors:
 
 
 def concat(parts: list[tuple[Factors, float]]) -> Factors:
-    """Exact weighted sum ``Σ wᵢ · scaleᵢ · Bᵢ @ Aᵢ`` as one update: the ranks add up.
+    """Exact weighted sum ``Σ wᵢ · scaleᵢ · Bᵢ @ Aᵢ`` as one update: the ranks add up, biases of B are summed.
+
+    Returns:
+        Factors of scale 1. Their dtype is the widest of the parts, and at least float32 wherever multiplying a narrower B by
+        its weight and scale would round it.
 
     Raises:
-        ShapeError: parts of different kind or shape, or with DoRA magnitudes or biases, which don't add.
+        ShapeError: parts of different kind or shape, or with a DoRA magnitude, whose update is not linear in its factors.
     """
     first = parts[0][0]
     for part, _ in parts:
@@ -153,47 +168,140 @@ def concat(parts: list[tuple[Factors, float]]) -> Factors:
             raise ShapeError(
                 f"updates of different shape can't be summed: {same} and a first part {first.kind} {first.d_out}x{first.d_in}"
             )
-        if part.magnitude is not None or part.bias is not None:
-            raise ShapeError("an update with a DoRA magnitude or a bias is not linear in its factors: fold it first")
-    A = torch.cat([part.A for part, _ in parts], dim=-2)
-    B = torch.cat([part.B * (weight * part.scale) for part, weight in parts], dim=-1)
+        if part.magnitude is not None:
+            raise ShapeError("an update with a DoRA magnitude is not linear in its factors: fold it first")
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for part, _ in parts for tensor in (part.A, part.B)))
+    if not all(_is_lossless(weight * part.scale) for part, weight in parts):
+        dtype = torch.promote_types(dtype, torch.float32)
+    A = torch.cat([part.A.to(dtype) for part, _ in parts], dim=-2)
+    B = torch.empty(*first.B.shape[:-1], A.shape[-2], dtype=dtype, device=A.device)
+    start = 0
+    for part, weight in parts:
+        torch.mul(part.B.detach().to(dtype), weight * part.scale, out=B[..., start : start + part.rank])
+        start += part.rank
+    biases = [part.bias.to(dtype) * (weight * part.scale) for part, weight in parts if part.bias is not None]
+    bias = torch.stack(biases).sum(0) if biases else None
     if first.groups > 1:  # the ranks of one group stand together
         ranks = torch.cat(
             [torch.arange(part.rank, device=A.device) // (part.rank // first.groups) for part, _ in parts]
         )
         order = torch.argsort(ranks, stable=True)
         A, B = A[order], B[:, order]
-    return replace(first, A=A, B=B, scale=1.0)
+    return replace(first, A=A, B=B, scale=1.0, bias=bias)
 
 
-def truncate(factors: Factors, rank: int) -> tuple[Factors, float]:
-    """The best update of a lower rank, and what it loses.
+def _is_lossless(factor: float) -> bool:
+    """Whether a product by this factor never rounds: 0, or a power of two."""
+    return math.isfinite(factor) and abs(math.frexp(factor)[0]) in (0.0, 0.5)
+
+
+def inner(one: Factors, other: Factors) -> float:
+    """Inner product ``Σ ΔW₁ ∘ ΔW₂`` of two updates of one site in float64, by r × r products: never the dense matrices.
+
+    With `Factors.norm` it gives the cosine of two updates. DoRA's magnitudes and biases are not in it.
+    """
+    left = one.B.double().mT @ other.B.double()
+    right = one.A.double() @ other.A.double().mT
+    return one.scale * other.scale * float((left * right).sum())
+
+
+def blocks(factors: Factors) -> tuple[Tensor, Tensor]:
+    """A (n, r, i) and B (n, o, r) of the independent matrices that an update consists of.
+
+    n = 1 of a plain one; E of stacked experts; of a convolution with groups one matrix by group, of its ranks and rows.
+    """
+    if factors.A.dim() == 3:
+        return factors.A, factors.B
+    if factors.groups == 1:
+        return factors.A[None], factors.B[None]
+    n = factors.groups
+    compact = compact_groups(factors.B, n)
+    return factors.A.view(n, factors.rank // n, -1), compact.view(n, -1, compact.shape[-1])
+
+
+def from_blocks(like: Factors, A: Tensor, B: Tensor) -> Factors:
+    """The inverse of `blocks`: an update of scale 1 with these matrices, otherwise as ``like``; its bias keeps its size."""
+    bias = None if like.bias is None else like.bias * like.scale
+    if like.groups > 1:
+        return replace(like, A=A.flatten(0, 1), B=spread_groups(B.flatten(0, 1), like.groups), scale=1.0, bias=bias)
+    A, B = (A, B) if like.A.dim() == 3 else (A[0], B[0])
+    return replace(like, A=A.contiguous(), B=B.contiguous(), scale=1.0, bias=bias)
+
+
+def truncate(
+    factors: Factors, rank: int | None = None, *, energy: float | None = None, error: float | None = None
+) -> tuple[Factors, float]:
+    """The best update of a lower rank, and what it loses. One of the three limits is given.
+
+    Args:
+        factors: any; each expert, and each group of a convolution, is truncated by itself, all to one rank.
+        rank: largest rank; of a convolution with groups at least one for each group.
+        energy: the fewest directions that hold this share of ‖ΔW‖².
+        error: the fewest directions that lose at most this share of ‖ΔW‖.
 
     Returns:
-        the factors (balanced: both carry the root of the singular values) and the relative error
-        ``‖ΔW − truncated‖ / ‖ΔW‖`` (0.0 for a zero update). QR and an r × r SVD; never the dense matrix.
+        the factors (balanced: both carry the root of the singular values; at least float32) and the relative error
+        ``‖ΔW − truncated‖ / ‖ΔW‖`` (0.0 for a zero update). Thin QR of the factors and an r × r SVD in float64; never the
+        dense matrix.
 
     Raises:
-        ShapeError: a convolution with groups: the truncated B would not be block-diagonal.
+        ShapeError: not exactly one limit.
 
     Source:
         Eckart and Young 1936, The approximation of one matrix by another of lower rank.
     """
-    if factors.groups > 1:
-        raise ShapeError(
-            f"an update of a convolution with {factors.groups} groups can't be truncated: B has to stay block-diagonal"
-        )
-    Q_B, R_B = torch.linalg.qr(factors.B.double())
-    Q_A, R_A = torch.linalg.qr(factors.A.double().mT)
+    if sum(limit is not None for limit in (rank, energy, error)) != 1:
+        raise ShapeError("truncate: expected exactly one of rank, energy and error")
+    A, B = (tensor.double() for tensor in blocks(factors))
+    gram_A, gram_B = A @ A.mT, B.mT @ B
+    a, b = (gram.diagonal(dim1=-2, dim2=-1).sqrt() for gram in (gram_A, gram_B))
+    even = torch.where(
+        (a > 0) & (b > 0), (a / b).sqrt(), 1.0
+    )  # one length for both: no direction is small in one alone
+    N_B, R_B, X_B = _thin_qr(B, gram_B, even)
+    N_A, R_A, X_A = _thin_qr(A.mT, gram_A, 1 / even)
     U, S, Vh = torch.linalg.svd(factors.scale * (R_B @ R_A.mT), full_matrices=False)
-    keep = min(rank, S.shape[-1])
-    root = S[..., :keep].sqrt()
-    B = (Q_B @ U[..., :keep]) * root[..., None, :]
-    A = root[..., :, None] * (Vh[..., :keep, :] @ Q_A.mT)
-    total = float(S.square().sum())
-    error = math.sqrt(max(0.0, float(S[..., keep:].square().sum())) / total) if total else 0.0
-    dtype = factors.A.dtype
-    return replace(factors, A=A.to(dtype).contiguous(), B=B.to(dtype).contiguous(), scale=1.0), error
+    keep = _kept(S, factors.groups, rank, energy, error)
+    root = S[:, :keep].sqrt()
+    new_B = N_B @ (X_B @ (U[..., :keep] * root[:, None, :]))
+    new_A = (X_A @ (Vh[:, :keep].mT * root[:, None, :])).mT @ N_A.mT
+    squares = S.square()
+    total = float(squares.sum())
+    lost = math.sqrt(float(squares[:, keep:].sum()) / total) if total else 0.0
+    dtype = torch.promote_types(factors.A.dtype, torch.float32)
+    return from_blocks(factors, new_A.to(dtype), new_B.to(dtype)), lost
+
+
+_WELL_CONDITIONED = 1e4
+"""Up to this condition, ‖R‖·‖R⁻¹‖, a QR by Cholesky of the Gram matrix has eight digits; beyond it Householder's is taken."""
+
+
+def _thin_qr(M: Tensor, gram: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, R, X) with M · diag(scales) = N X R and orthonormal columns in N X; by the Gram matrix where it is well-conditioned.
+
+    Source:
+        Yamamoto et al. 2015, Roundoff error analysis of the CholeskyQR2 algorithm.
+    """
+    if M.shape[-1] <= M.shape[-2]:
+        L, failed = torch.linalg.cholesky_ex(scales[:, :, None] * gram * scales[:, None, :])
+        if not bool(failed.any()):
+            eye = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(L)
+            X = torch.linalg.solve_triangular(L, eye, upper=False).mT
+            if float((L.norm(dim=(-2, -1)) * X.norm(dim=(-2, -1))).max()) <= _WELL_CONDITIONED:
+                return M, L.mT, scales[:, :, None] * X
+    Q, R = torch.linalg.qr(M * scales[:, None, :])
+    return Q, R, torch.eye(R.shape[-2], dtype=M.dtype, device=M.device)
+
+
+def _kept(S: Tensor, groups: int, rank: int | None, energy: float | None, error: float | None) -> int:
+    """How many singular values of S (n, k) stay, for all n together; at least one."""
+    if rank is not None:
+        return max(1, min(rank // groups, S.shape[-1]))
+    squares = S.square().sum(0)
+    total = float(squares.sum())
+    allowed = (1 - energy if energy is not None else (error or 0.0) ** 2) * total + 1e-15 * total
+    lost = squares.flip(0).cumsum(0).flip(0)  # by dropping this one and all after it
+    return max(1, int((lost > allowed).sum()))
 
 
 def spread_groups(B: Tensor, groups: int) -> Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tolerances import assert_close
-from weft.core.factors import Factors, compact_groups, concat, spread_groups, truncate
+from weft.core.factors import Factors, blocks, compact_groups, concat, from_blocks, inner, spread_groups, truncate
 from weft.errors import NotFiniteError, ShapeError
 
 
@@ -139,9 +139,34 @@ def test_what_does_not_add_is_refused() -> None:
     ):
         with pytest.raises(ShapeError, match="different shape"):
             concat([(item, 1.0), (other, 1.0)])
-    for part in ("magnitude", "bias"):
-        with pytest.raises(ShapeError, match="not linear in its factors"):
-            concat([(item, 1.0), (random_factors(**{part: torch.ones(7)}), 1.0)])
+    with pytest.raises(ShapeError, match="not linear in its factors"):
+        concat([(item, 1.0), (random_factors(magnitude=torch.ones(7)), 1.0)])
+
+
+def test_biases_of_b_are_summed_by_weight_and_scale() -> None:
+    one, two = random_factors(bias=torch.randn(7, dtype=torch.float64)), random_factors(scale=-3.0)
+    total = concat([(one, 0.5), (two, 2.0), (dataclasses.replace(one, scale=2.0), 0.25)])
+    assert_close(total.bias, (0.5 * 0.7 + 0.25 * 2.0) * one.bias)
+    short, _ = truncate(one, 2)
+    assert_close(short.scale * short.bias, one.scale * one.bias)
+
+
+def test_narrow_factors_stay_narrow_only_where_nothing_is_rounded() -> None:
+    item = random_factors(scale=2.0).map(lambda tensor: tensor.bfloat16())
+    exact = concat([(item, 0.5), (item, -0.25)])
+    assert exact.A.dtype == exact.B.dtype == torch.bfloat16
+    for weight in (0.3, 0.7):
+        total = concat([(item, 1.0), (item, weight)])
+        assert total.B.dtype == torch.float32
+        assert_close(total.delta(), (1 + weight) * item.map(Tensor.double).delta(), torch.float32)
+    assert concat([(item, 1.0), (random_factors(), 1.0)]).A.dtype == torch.float64
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_inner_products_without_the_dense_matrix(experts: int) -> None:
+    one, two = random_factors(experts=experts), random_factors(experts=experts, rank=5, scale=-2.0)
+    assert inner(one, two) == pytest.approx(float((one.delta() * two.delta()).sum()))
+    assert inner(one, one) == pytest.approx(one.norm() ** 2)
 
 
 @pytest.mark.parametrize("experts", [0, 2])
@@ -159,8 +184,74 @@ def test_truncation_is_the_best_of_its_rank_and_says_what_it_lost(experts: int) 
         assert_close(short.A.norm(dim=-1), short.B.norm(dim=-2))
     zero = dataclasses.replace(item, B=torch.zeros_like(item.B))
     assert truncate(zero, 2)[1] == 0.0
-    with pytest.raises(ShapeError, match="block-diagonal"):
-        truncate(grouped(), 2)
+    assert not truncate(zero, energy=0.9)[0].delta().any()
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+@pytest.mark.parametrize("limit", [{"energy": 0.9}, {"energy": 0.5}, {"energy": 1.0}, {"error": 0.05}, {"error": 0.7}])
+def test_truncation_to_an_energy_or_an_error_keeps_the_fewest_directions(experts: int, limit: dict[str, float]) -> None:
+    item = random_factors(d_out=19, d_in=18, rank=9, experts=experts)
+    item = dataclasses.replace(item, A=item.A * torch.logspace(0, -2, 9, dtype=torch.float64)[:, None])
+    bound = limit["error"] if "error" in limit else math.sqrt(1 - limit["energy"])
+    short, error = truncate(item, **limit)
+    assert error <= bound + 1e-7
+    assert error == pytest.approx(float((short.delta() - item.delta()).norm() / item.delta().norm()), abs=1e-7)
+    assert short.rank == 1 or truncate(item, short.rank - 1)[1] > bound
+
+
+@pytest.mark.parametrize("kind", ["unbalanced", "deficient", "tiny", "wide", "twins"])
+def test_truncation_of_awkward_factors(kind: str) -> None:
+    """Directions that are small in B and large in A, that are there twice, that are none; more ranks than columns."""
+    item = random_factors(d_out=29, d_in=23, rank=8)
+    if kind == "unbalanced":
+        size = torch.logspace(-12, 12, 8, dtype=torch.float64)
+        item = dataclasses.replace(item, A=item.A * size[:, None], B=item.B / size)
+    elif kind == "deficient":
+        item = dataclasses.replace(item, B=item.B * torch.tensor([1, 0, 1, 1, 0, 1, 1, 1.0], dtype=torch.float64))
+    elif kind == "tiny":
+        item = dataclasses.replace(item, B=item.B * 1e-30)
+    elif kind == "wide":
+        item = random_factors(d_out=5, d_in=6, rank=8)
+    else:
+        item = concat([(item, 0.5), (item, 0.25)])
+    for rank in (2, 5, 8):
+        short, error = truncate(item, rank)
+        U, S, Vh = torch.linalg.svd(item.delta(), full_matrices=False)
+        keep = short.rank
+        best = (U[:, :keep] * S[:keep]) @ Vh[:keep]
+        off = float((short.delta() - best).norm() / item.delta().norm())
+        assert off < 1e-7, f"{kind} at rank {rank}"
+        assert error == pytest.approx(float((best - item.delta()).norm() / item.delta().norm()), abs=1e-7)
+
+
+@pytest.mark.parametrize("rank", [2, 4, 6])
+def test_a_convolution_with_groups_is_truncated_group_by_group(rank: int) -> None:
+    item = grouped(rank=8)
+    short, error = truncate(item, rank)
+    assert short.rank == rank
+    assert_close(spread_groups(compact_groups(short.B, 2), 2), short.B)
+    wanted = []
+    for rows in item.delta().chunk(2):
+        U, S, Vh = torch.linalg.svd(rows, full_matrices=False)
+        wanted.append((U[:, : rank // 2] * S[: rank // 2]) @ Vh[: rank // 2])
+    assert_close(short.delta(), torch.cat(wanted))
+    assert error == pytest.approx(float((short.delta() - item.delta()).norm() / item.delta().norm()), abs=1e-9)
+
+
+@pytest.mark.parametrize("experts", [0, 3])
+def test_blocks_and_back(experts: int) -> None:
+    for item in (random_factors(experts=experts), grouped(rank=6)):
+        A, B = blocks(item)
+        assert A.dim() == B.dim() == 3
+        again = from_blocks(item, A, B * item.scale)
+        assert_close(again.delta(), item.delta())
+        assert again.scale == 1.0
+
+
+def test_exactly_one_limit() -> None:
+    for limits in ({}, {"rank": 2, "energy": 0.5}, {"energy": 0.5, "error": 0.1}):
+        with pytest.raises(ShapeError, match="exactly one"):
+            truncate(random_factors(), **limits)
 
 
 # groups
