@@ -38,6 +38,7 @@ class Provenance:
         versions: of weft, torch, transformers, Python.
         evaluation: metrics by name, e.g. ``{"eval_loss": 1.83}``.
         notes: what a reader of the file had to say (unknown fields, keys that were mapped).
+        mixture: of an adapter that was mixed or shrunk: method, settings, and the error by site.
     """
 
     base: Fingerprint | None = None
@@ -49,6 +50,7 @@ class Provenance:
     evaluation: Mapping[str, float] = field(default_factory=dict)
     created: str | None = None
     notes: tuple[str, ...] = ()
+    mixture: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

@@ -12,6 +12,7 @@
     ├── BaseError            a base model that can't be found, read or used
     │   └── BaseMismatchError  an adapter meets a base that it was not made for
     ├── MergeError           an update that can't be written into a plain model
+    ├── MixError             adapters that can't be mixed as asked                           (also a ValueError)
     ├── DataError            examples that can't be read or that have no recognised shape
     ├── RecipeError          an unknown key, a wrong type or a contradiction in a recipe     (also a ValueError)
     ├── RunError             a run folder that can't be used as asked
@@ -36,6 +37,7 @@ __all__ = [
     "KeysError",
     "MergeError",
     "MissingDependencyError",
+    "MixError",
     "NotFiniteError",
     "RecipeError",
     "RunError",
@@ -107,6 +109,10 @@ class BaseMismatchError(BaseError):
 
 class MergeError(WeftError):
     """An update that can't be written into a plain model."""
+
+
+class MixError(WeftError, ValueError):
+    """Adapters that can't be mixed as asked: unknown methods, weights that don't fit, updates that don't add."""
 
 
 class DataError(WeftError):
