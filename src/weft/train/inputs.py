@@ -6,7 +6,7 @@ Stands on `weft.data`. Does not know models beyond their longest sequence, and n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +104,11 @@ class Features(Dataset[Any]):
         return self.encoded[index]
 
 
-def read(recipe: Recipe, data: Any, eval_data: Any) -> Texts:
+def read(recipe: Recipe, data: Any, eval_data: Any, labels: Sequence[str] | None = None) -> Texts:
     """Read the examples; ``eval_data`` may be a share of the training data to hold out.
+
+    Args:
+        labels: names of the classes where they are known; None: those of the training data.
 
     Raises:
         DataError: see `weft.data.load_examples`; or nothing was named.
@@ -114,7 +117,7 @@ def read(recipe: Recipe, data: Any, eval_data: Any) -> Texts:
         raise DataError("no training data: give data (--data FILE)")
     kind = None if recipe.kind == "auto" else recipe.kind
     columns = dict(recipe.columns) if recipe.columns else None
-    train = load_examples(data, columns=columns, kind=kind)
+    train = load_examples(data, columns=columns, kind=kind, labels=labels)
     if isinstance(eval_data, float):
         if not 0 < eval_data < 1:
             raise DataError(f"eval_data={eval_data}: a share of the training data to hold out is above 0 and below 1")

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-__all__ = ["LogWriter", "Progress", "StopOnSignal", "counter", "say"]
+__all__ = ["LogWriter", "Progress", "StopOnSignal", "counter", "progress_bar", "say"]
 
 RENAMED = {
     "num_input_tokens_seen": "tokens",
@@ -93,7 +93,7 @@ class Progress(TrainerCallback):
             return
         self._lines_every = max(1, state.max_steps // 20)
         if self.mode is None and sys.stderr.isatty():
-            self._bar = _bar()
+            self._bar = progress_bar()
             self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, note="")
             self._bar.start()
 
@@ -146,6 +146,11 @@ class StopOnSignal(TrainerCallback):
         self.stopped = False
         self._asked = False
 
+    @property
+    def asked(self) -> bool:
+        """A signal came."""
+        return self._asked
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the run if it was asked for."""
         asked = self._asked
@@ -196,7 +201,8 @@ def _any_process(asked: bool, device: Any) -> bool:
     return bool(flag)
 
 
-def _bar() -> Any:
+def progress_bar() -> Any:
+    """weft's bar, on stderr; its tasks have a field ``note``."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
@@ -212,7 +218,7 @@ def counter(what: str, total: int, mode: bool | None) -> Iterator[Callable[[int]
     if mode is not None or not sys.stderr.isatty():
         yield lambda count: None
         return
-    bar = _bar()
+    bar = progress_bar()
     task = bar.add_task(what, total=total, note="")
     with bar:
         yield lambda count: bar.update(task, advance=count)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from weft.adapter import Adapter
     from weft.train.recipe import Recipe
 
-__all__ = ["Folder", "Report", "Run", "describe_environment", "write_beside"]
+__all__ = ["Folder", "Report", "Run", "describe_environment", "plain_json", "side_by_side", "write_beside"]
 
 _OWN = (
     "recipe.yaml",
@@ -251,7 +251,7 @@ class Folder:
     def append_log(self, row: Mapping[str, Any]) -> None:
         """Add one line."""
         with self.log.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(_finite(row)) + "\n")
+            handle.write(json.dumps(plain_json(row)) + "\n")
 
     def rewind_log(self, step: int) -> None:
         """Drop the lines after a step: a resumed run writes them again."""
@@ -277,7 +277,7 @@ class Folder:
         """Write curve.svg and report.md, and last report.json, by which a run is finished."""
         write_beside(self.root / "curve.svg", loss_curve(self.read_log(), headline, report.best_step))
         write_beside(self.root / "report.md", f"# {headline}\n\n```\n{report.text()}\n```\n\n![loss](curve.svg)\n")
-        write_beside(self.report, json.dumps(_finite(report.to_dict()), indent=2, ensure_ascii=False) + "\n")
+        write_beside(self.report, json.dumps(plain_json(report.to_dict()), indent=2, ensure_ascii=False) + "\n")
 
 
 def side_by_side(base: Mapping[str, float], adapter: Mapping[str, float] | None) -> list[str]:
@@ -327,12 +327,12 @@ def write_beside(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def _finite(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become text."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: plain_json(item) for key, item in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_finite(item) for item in value]
+        return [plain_json(item) for item in value]
     return value

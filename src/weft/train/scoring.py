@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from weft.train.metrics import accuracy, macro_f1
 
-__all__ = ["IGNORED", "Score", "keeps_logits", "losses", "score", "wanted_positions"]
+__all__ = ["IGNORED", "Score", "by_row", "keeps_logits", "losses", "score", "wanted_positions"]
 
 IGNORED = -100
 
@@ -55,6 +55,12 @@ def losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(picked.to(wide), targets, reduction="none"), rows
 
 
+def by_row(values: Tensor, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Losses summed by row in float64, and how many each row has: (count,) and (count,)."""
+    sums = values.new_zeros(count, dtype=torch.float64).index_add_(0, rows, values.detach().double())
+    return sums, torch.zeros(count, dtype=torch.long, device=rows.device).index_add_(0, rows, torch.ones_like(rows))
+
+
 class Score:
     """Adds up batches to metrics: a mean over tokens (or labels), never a mean of means.
 
@@ -74,14 +80,14 @@ class Score:
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count one batch."""
-        values, rows = losses(logits, labels)
-        sums = values.new_zeros(len(labels), dtype=torch.float64).index_add_(0, rows, values.double())
-        counts = torch.zeros(len(labels), dtype=torch.long, device=labels.device).index_add_(
-            0, rows, torch.ones_like(rows)
-        )
+        sums, counts = by_row(*losses(logits, labels), len(labels))
+        self.take(sums, counts, logits.argmax(-1) if self.classifies else None, labels)
+
+    def take(self, sums: Tensor, counts: Tensor, predicted: Tensor | None = None, labels: Tensor | None = None) -> None:
+        """Count rows whose losses are known: sums and counts by row, and the labels of a classification."""
         parts = [sums, counts]
-        if self.classifies:
-            parts += [logits.argmax(-1), labels]
+        if predicted is not None and labels is not None:
+            parts += [predicted, labels]
         if self._gather is not None:
             parts = list(self._gather(tuple(parts)))
         self.rows += len(parts[0])

@@ -26,7 +26,7 @@ from weft.train.run import Folder
 from weft.train.schedule import Schedule
 from weft.train.trainer import AdapterTrainer, Setup
 
-__all__ = ["Outcome", "Session", "check_names", "training_arguments"]
+__all__ = ["Outcome", "Session", "check_names", "checkpointing", "plain_metrics", "training_arguments"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Session:
         callbacks: list[TrainerCallback] = [log, bar, stop]
         if self.schedule.patience:
             callbacks.append(EarlyStoppingCallback(self.schedule.patience))
-        with _checkpointing(self.model, self.recipe), _calm():
+        with checkpointing(self.model, self.recipe), _calm():
             trainer = self._trainer(callbacks)
             try:
                 base = {} if trainer.sharded else self._measure_base(trainer)
@@ -153,7 +153,7 @@ class Session:
         found = dict(loop.metrics or {})
         if trainer.is_world_process_zero() and not any(row.get("step") == 0 for row in self.folder.read_log()):
             self.folder.append_log({"step": 0, "of": "base", **found})
-        return _plain(found)
+        return plain_metrics(found)
 
     def _outcome(
         self, trainer: AdapterTrainer, log: LogWriter, stop: StopOnSignal, base: dict[str, float], best: int | None
@@ -166,7 +166,7 @@ class Session:
         early = state.global_step < self.schedule.steps
         return Outcome(
             base=base,
-            adapter=_plain(measured[-1]) if measured else {},
+            adapter=plain_metrics(measured[-1]) if measured else {},
             steps=state.global_step,
             epochs=float(state.epoch or 0),
             tokens=int(state.num_input_tokens_seen),
@@ -260,7 +260,7 @@ def check_names(recipe: Recipe) -> None:
             raise MissingDependencyError(f"report_to={name!r} needs a library that is not here: pip install {name}")
 
 
-def _plain(metrics: dict[str, Any]) -> dict[str, float]:
+def plain_metrics(metrics: dict[str, Any]) -> dict[str, float]:
     """Metrics without prefix and without timings."""
     kept = ("loss", "perplexity", "accuracy", "macro_f1")
     return {name: float(metrics[f"eval_{name}"]) for name in kept if f"eval_{name}" in metrics}
@@ -276,7 +276,7 @@ def _is_end(checkpoint: Path, schedule: Schedule) -> bool:
 
 
 @contextlib.contextmanager
-def _checkpointing(model: nn.Module, recipe: Recipe) -> Iterator[None]:
+def checkpointing(model: nn.Module, recipe: Recipe) -> Iterator[None]:
     """Gradient checkpointing for the time of a training; the module flags are put back by `as_before`."""
     if recipe.gradient_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):

@@ -15,16 +15,18 @@ import torch
 __all__ = ["own_stream", "stream_seed"]
 
 
-def stream_seed(seed: int, step: int, micro: int = 0, process: int = 0) -> int:
-    """The seed of one forward: 63 bits.
+def stream_seed(seed: int, step: int, micro: int = 0, process: int = 0, row: int | None = None) -> int:
+    """The seed of one forward, or of one of its rows: 63 bits.
 
     Args:
         seed: of the recipe.
         step: optimizer steps that were done before.
         micro: which forward of the step.
         process: rank of the process; each has rows of its own.
+        row: of the batch; None: of the whole forward.
     """
-    digest = hashlib.blake2b(f"{seed}/{step}/{micro}/{process}".encode(), digest_size=8).digest()
+    text = f"{seed}/{step}/{micro}/{process}" if row is None else f"{seed}/{step}/{micro}/{process}/{row}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
