@@ -7,7 +7,7 @@ classifications accuracy and macro-F1.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from weft.train.recipe import Recipe
 from weft.train.run import side_by_side
 from weft.train.scoring import score
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "encoded_for", "evaluate", "examples_for", "scores"]
 
 SHOWN = 5
 
@@ -103,27 +103,10 @@ def evaluate(
     from weft.formats import load
 
     value = adapter if isinstance(adapter, Adapter) or adapter is None else load(adapter)
-    trained = trained_format(value)
-    columns = dict(columns) if columns else None
-    wanted = kind or ("classification" if trained.get("kind") == "classification" else None)
-    examples = load_examples(data, columns=columns, kind=wanted, labels=trained.get("labels"))
-    if trained.get("as_chat"):
-        examples = examples.as_chat()
-    classifies = examples.kind == "classification"
-    if value is not None and classifies and not value.modules:
-        raise DataError("the data have labels, and this adapter was not trained to classify: it has no head")
-    labels = list(examples.labels or ()) if classifies else None
+    examples = examples_for(value, data, kind=kind, columns=columns)
+    labels = list(examples.labels or ()) if examples.kind == "classification" else None
     with opened(base, value, dtype=dtype, device=device, labels=labels) as ready:
-        recipe = Recipe(max_length=max_length or trained.get("max_length"))
-        most = longest(recipe, ready.model, ready.tokenizer)
-        settings = {
-            "max_length": most,
-            "mask_prompt": trained.get("mask_prompt", True),
-            "separator": trained.get("separator", ""),
-        }
-        encoded = encode(examples, ready.tokenizer, labels=labels, **settings)
-        if not len(encoded):
-            raise DataError(f"no example is left: {encoded.account.summary()}")
+        encoded, settings = encoded_for(value, examples, ready.model, ready.tokenizer, max_length)
         sides = (False, True) if value is not None else (False,)
         found = [_losses(ready, side, encoded, batch_size, progress) for side in sides]
         shown: list[dict[str, Any]] = []
@@ -146,18 +129,65 @@ def evaluate(
     )
 
 
-def _losses(ready: Opened, side: bool, encoded: Encoded, batch_size: int, progress: bool | None) -> dict[str, float]:
-    """Loss and what follows from it, of the base or of the adapter."""
-    collate = collator(ready.tokenizer, encoded.kind)
+def examples_for(
+    adapter: Adapter | None, data: Any, *, kind: str | None = None, columns: Mapping[str, str] | None = None
+) -> Examples:
+    """Data as an adapter was trained to see them.
+
+    Raises:
+        DataError: they can't be read, or are of another kind than the adapter was trained on.
+    """
+    trained = trained_format(adapter)
+    wanted = kind or ("classification" if trained.get("kind") == "classification" else None)
+    columns = dict(columns) if columns else None
+    examples = load_examples(data, columns=columns, kind=wanted, labels=trained.get("labels"))
+    if trained.get("as_chat"):
+        examples = examples.as_chat()
+    if adapter is not None and examples.kind == "classification" and not adapter.modules:
+        raise DataError("the data have labels, and this adapter was not trained to classify: it has no head")
+    return examples
+
+
+def encoded_for(
+    adapter: Adapter | None, examples: Examples, model: nn.Module, tokenizer: Any, max_length: int | None = None
+) -> tuple[Encoded, dict[str, Any]]:
+    """Examples as tokens, written as an adapter was trained to see them; and the settings by which they were.
+
+    Raises:
+        DataError: no example is left.
+    """
+    trained = trained_format(adapter)
+    labels = list(examples.labels or ()) if examples.kind == "classification" else None
+    recipe = Recipe(max_length=max_length or trained.get("max_length"))
+    settings = {
+        "max_length": longest(recipe, model, tokenizer),
+        "mask_prompt": trained.get("mask_prompt", True),
+        "separator": trained.get("separator", ""),
+    }
+    encoded = encode(examples, tokenizer, labels=labels, **settings)
+    if not len(encoded):
+        raise DataError(f"no example is left: {encoded.account.summary()}")
+    return encoded, settings
+
+
+def scores(
+    model: nn.Module, tokenizer: Any, encoded: Encoded, batch_size: int, tick: Callable[[int], None] | None = None
+) -> dict[str, float]:
+    """Loss and what follows from it, of a model as it is."""
+    collate = collator(tokenizer, encoded.kind)
     order = np.argsort(-np.asarray(encoded.lengths), kind="stable")
 
     def batches() -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(order), batch_size):
             yield collate([encoded[int(index)] for index in order[start : start + batch_size]])
 
+    return score(model, batches(), encoded.kind == "classification", tick)
+
+
+def _losses(ready: Opened, side: bool, encoded: Encoded, batch_size: int, progress: bool | None) -> dict[str, float]:
     name = "adapter" if side else "base"
-    with ready.using(side) as model, counter(f"{name}: loss", len(order), progress) as tick:
-        return score(model, batches(), encoded.kind == "classification", tick)
+    with ready.using(side) as model, counter(f"{name}: loss", len(encoded), progress) as tick:
+        return scores(model, ready.tokenizer, encoded, batch_size, tick)
 
 
 def _answers(
