@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from weft.errors import WeftError
     from weft.formats import convert, load
     from weft.identity import Fingerprint, fingerprint
+    from weft.many import train_many
     from weft.models.attach import attach
     from weft.models.load import load_base
     from weft.spec import LoraSpec
@@ -56,6 +57,7 @@ __all__ = [
     "prove",
     "stream",
     "train",
+    "train_many",
 ]
 
 _HOME = {
@@ -80,6 +82,7 @@ _HOME = {
     "prove": "weft.train",
     "stream": "weft.train",
     "train": "weft.train",
+    "train_many": "weft.many",
 }
 
 

@@ -26,7 +26,7 @@ from weft.errors import (
 
 __all__ = ["VERBS", "app", "run"]
 
-VERBS = ("demo", "train", "eval", "generate", "inspect", "merge", "convert")
+VERBS = ("demo", "train", "train-many", "eval", "generate", "inspect", "merge", "convert")
 
 FAILURES = (MergeError, NotFiniteError, RunStoppedError)
 """What can happen although all that was asked for was right: exit status 1. Every other WeftError: 2."""
@@ -46,7 +46,7 @@ class _Verbs(TyperGroup):
         """The command of a verb; None for an unknown one."""
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"weft.cli.{cmd_name}")
+        module = importlib.import_module(f"weft.cli.{cmd_name.replace('-', '_')}")
         command = typer.main.get_command(module.app)
         command.name = cmd_name
         return command

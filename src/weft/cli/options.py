@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AdapterOption", "Base", "Columns", "Dtype", "Json", "Kind", "Out", "Quiet", "Usage", "columns_of"]
+__all__ = ["AdapterOption", "Base", "Columns", "Dtype", "Json", "Kind", "Out", "Quiet", "Usage", "columns_of", "held_out"]
 
 Usage: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment] # click's UsageError, which typer carries but doesn't name
 
@@ -65,3 +65,11 @@ def columns_of(values: Sequence[str] | None) -> dict[str, str] | None:
             raise Usage(f"--columns: {name!r} stands twice: {found[name]!r} and {column!r}")
         found[name] = column
     return found or None
+
+
+def held_out(text: str | None) -> str | float | None:
+    """A share of the data to hold out, where it is a number; else the name of a file or data set."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text

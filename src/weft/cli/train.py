@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weft.cli import show
-from weft.cli.options import Base, Columns, Dtype, Json, Kind, Quiet, Usage, columns_of
+from weft.cli.options import Base, Columns, Dtype, Json, Kind, Quiet, Usage, columns_of, held_out
 from weft.cli.quiet import show_remarks
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def train(
     run = run_training(
         base=base,
         data=data,
-        eval_data=_share(evaluation),
+        eval_data=held_out(evaluation),
         recipe=chosen.replace(**changes).set(assignments or ()) if given else None,
         out=folder,
         resume=resume is not None,
@@ -93,11 +93,3 @@ def _next(run: Run) -> str:
     classifies = run.report.data.get("train", {}).get("kind") == "classification"
     verb, rest = ("eval", "--data FILE") if classifies else ("generate", "PROMPT")
     return f"{show.command('weft', verb, *base, '--adapter', str(run.path))} {rest}"
-
-
-def _share(text: str | None) -> str | float | None:
-    """A share of the data to hold out, where it is a number; else the name of a file or data set."""
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return text

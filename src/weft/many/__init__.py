@@ -11,7 +11,7 @@
     engine      the slow, obvious way                  together   the fast one, over stacked factors; its optimizer is adamw
     rounds      who is in the batch, and who comes next
     desk        reading data, writing run folders      folder, state, report, page   what is written
-    processes   several of them                        sweep, halving, confidence    which recipe wins, and how sure that is
+    processes   several of them                        sweeping, halving, confidence    which recipe wins, and how sure that is
 
 The trainer's parts (recipe, schedule, data, evaluation, run folders) are those of `weft.train`. Heavy imports happen when a
 name is first used.
@@ -24,13 +24,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weft.many.report import ManyReport, Runs
+    from weft.many.sweeping import SweepReport, SweepRuns, sweep
     from weft.many.training import train_many
 
-__all__ = ["ManyReport", "Runs", "train_many"]
+__all__ = ["ManyReport", "Runs", "SweepReport", "SweepRuns", "sweep", "train_many"]
 
 _HOME = {
     "ManyReport": "weft.many.report",
     "Runs": "weft.many.report",
+    "SweepReport": "weft.many.sweeping",
+    "SweepRuns": "weft.many.sweeping",
+    "sweep": "weft.many.sweeping",
     "train_many": "weft.many.training",
 }
 
@@ -38,7 +42,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:

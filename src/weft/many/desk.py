@@ -69,6 +69,7 @@ class FolderDesk:
     Attributes:
         shares, recipes, keys: by name: data, recipe, and folder.
         rows: of the report, of those who have left.
+        compares: the report keeps losses by evaluation row.
         stopped: a signal ended the run.
     """
 
@@ -85,6 +86,7 @@ class FolderDesk:
     counter: Counter
     labels: tuple[str, ...] | None = None
     steps_of: Callable[[Member], int] | None = None
+    compares: bool = False
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     stopped: bool = False
     _for_peft: dict[LoraSpec, tuple[str, ...]] = field(default_factory=dict)
@@ -172,6 +174,8 @@ class FolderDesk:
         folder = self.folder.of(member.key)
         log = folder.read_log() if self.world.writes else []
         self.rows[member.name] = row_of(member.name, member.key, member, log, digest=adapter.digest)
+        if self.compares:
+            self.rows[member.name]["eval_rows"] = member.best_rows
         if self.world.writes:
             problem = self._problem(member.spec, adapter)
             adapter.save(folder.adapter, overwrite=True, for_peft=not problem)

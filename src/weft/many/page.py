@@ -36,7 +36,7 @@ th { position: sticky; top: 0; background: var(--paper); font-weight: 600; } th 
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 td.number, th.number { text-align: right; } td.name { max-width: 20rem; overflow: hidden; text-overflow: ellipsis; } td.remarks { white-space: normal; min-width: 14rem; color: var(--soft); }
 tr.failed td { background: var(--mark); } tr.failed .state { color: var(--bad); font-weight: 600; } .good { color: var(--good); } .bad { color: var(--bad); }
-a { color: inherit; } svg { display: block; } input { font: inherit; padding: .3rem .5rem; margin-top: 1rem; width: 16rem; }
+pre { overflow-x: auto; } a { color: inherit; } svg { display: block; } input { font: inherit; padding: .3rem .5rem; margin-top: 1rem; width: 16rem; }
 """
 
 _SCRIPT = """
@@ -54,12 +54,13 @@ document.querySelector("input").addEventListener("input", event => { const text 
 """
 
 
-def page(report: ManyReport, title: str) -> str:
+def page(report: ManyReport, title: str, picture: str = "", table: str = "") -> str:
     """The page.
 
     Args:
         report: its rows are shown in their order.
         title: headline, the run's name.
+        picture: an SVG to show above the rows; table: plain text beside it.
     """
     failed = len(report.failed)
     speed = report.tokens / report.seconds if report.seconds else 0.0
@@ -77,6 +78,8 @@ def page(report: ManyReport, title: str) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>\n<h1>{escape(title)}</h1>\n"
         + "\n".join(f"<p>{escape(fact)}</p>" for fact in facts)
+        + (f"\n{picture}" if picture else "")
+        + (f"\n<pre>{escape(table)}</pre>" if table else "")
         + '\n<input type="search" placeholder="filter" aria-label="filter rows">'
         + f'\n<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table></div>\n'
         + f"<script>{_SCRIPT}</script></body></html>\n"

@@ -56,14 +56,18 @@ class ManyReport:
         """Rows of adapters that were stopped."""
         return [row for row in self.rows if row["status"] == "failed"]
 
+    def headline(self) -> str:
+        """One line: how many adapters, how fast."""
+        speed = self.tokens / self.seconds if self.seconds else 0.0
+        return (
+            f"{len(self.rows) - len(self.failed):,} of {len(self.rows):,} adapters trained, {self.tokens:,} tokens in {self.seconds:.0f} s "
+            f"({speed:,.0f} tokens/s), {self.rounds:,} rounds, {self.slots} at once"
+        )
+
     def text(self, limit: int = 20) -> str:
         """A short text for people: failed ones first, then the first of the others."""
         done = [row for row in self.rows if row["status"] != "failed"]
-        speed = self.tokens / self.seconds if self.seconds else 0.0
-        lines = [
-            f"{len(done):,} of {len(self.rows):,} adapters trained, {self.tokens:,} tokens in {self.seconds:.0f} s ({speed:,.0f} tokens/s), "
-            f"{self.rounds:,} rounds, {self.slots} at once"
-        ]
+        lines = [self.headline()]
         lines += [f"FAILED  {row['name']}: {row['reason']}" for row in self.failed]
         if done:
             width = min(32, max(len(str(row["name"])) for row in done[:limit]))
@@ -136,7 +140,7 @@ def row_of(name: str, key: str, member: Member | None, log: Sequence[Mapping[str
         "eval_examples": inputs.data.get("eval", {}).get("examples", 0), "tokens": course.tokens, "steps": course.step,
         "planned": member.schedule.steps, "first_loss": course.first_loss, "last_loss": course.last_loss, "base": course.base,
         "adapter": metrics, "best_step": member.best.step if member.best is not None and member.schedule.best else None,
-        "rank": spec.rank, "learning_rate": member.schedule.learning_rate, "curve": curve_of(log), "seconds": course.seconds,
+        "rank": spec.rank, "learning_rate": member.schedule.learning_rate, "metric": member.schedule.metric, "curve": curve_of(log), "seconds": course.seconds,
     }  # fmt: skip
     row["warnings"] = _warnings(member, metrics)
     return row

@@ -76,7 +76,7 @@ class Plan:
 
     Attributes:
         shares, recipes: by name. inputs: what can be written down of base and data, to resume.
-        judge_rung, steps_of: of a sweep, see `weft.many.sweep`.
+        judge_rung, steps_of: of a sweep, see `weft.many.sweeping`.
         extra: written into environment.json.
     """
 
@@ -185,7 +185,7 @@ def _go(
     environment = {**describe_environment(), **known, "base": plan.inputs.get("base")}
     desk = FolderDesk(
         engine.model, tokenizer, engine, folder, plan.shares, plan.recipes, keys, environment, world, shown,
-        Counter(stop, options.save_every), labels, plan.steps_of,
+        Counter(stop, options.save_every), labels, plan.steps_of, plan.steps_of is not None,
     )  # fmt: skip
     desk.checkpoints.mkdir(parents=True, exist_ok=True)
     rounds = Rounds(
@@ -272,9 +272,10 @@ def _resumed(
 ) -> Runs:
     """Go on with the run in a folder; what can't be read from it has to be given again."""
     folder.require()
-    if folder.finished:
-        return Runs.open(folder.root)
     environment = folder.read_environment()
+    extra = environment.get("extra", {})
+    if folder.finished:
+        return _judged(Runs.open(folder.root), extra)
     stored = environment.get("inputs", {})
     given = {"base": base, "data": data, "eval_data": eval_data}
     for name, value in given.items():
@@ -284,10 +285,9 @@ def _resumed(
     _, recipes = folder.read_users()
     if any(value is not None for value in settings):
         raise RecipeError(f"{folder.root}: a resumed run keeps its recipes; leave spec and recipe out, or start a new run")
-    extra = environment.get("extra", {})
     chosen = replace(options, slots=environment["slots"], tokens=environment["tokens"], apart=environment["apart"])
     if extra.get("sweep"):
-        from weft.many.sweep import resumed_plan
+        from weft.many.sweeping import resumed_plan
 
         plan = resumed_plan(given, recipes, stored, extra)
     else:
@@ -298,7 +298,16 @@ def _resumed(
         plan = Plan(given["base"], parts, recipes, stored)
     if process_count() > 1:
         chosen = replace(chosen, processes=environment["mode"])
-    return run_plan(plan, folder, chosen, resume=True, progress=progress)
+    return _judged(run_plan(plan, folder, chosen, resume=True, progress=progress), extra)
+
+
+def _judged(runs: Runs, extra: Mapping[str, Any]) -> Runs:
+    """The runs of a sweep with its table; others as they are."""
+    if not extra.get("sweep"):
+        return runs
+    from weft.many.sweeping import finish
+
+    return finish(runs, extra)
 
 
 def _labels(plan: Plan) -> tuple[str, ...] | None:
