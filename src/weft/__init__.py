@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weft.adapter import Adapter, Provenance
+    from weft.compose import combine, compare, shrink
     from weft.core.bank import Bank
     from weft.core.factors import Factors
     from weft.core.merge import merge
@@ -47,6 +48,8 @@ __all__ = [
     "WeftError",
     "__version__",
     "attach",
+    "combine",
+    "compare",
     "convert",
     "evaluate",
     "fingerprint",
@@ -55,6 +58,7 @@ __all__ = [
     "load_base",
     "merge",
     "prove",
+    "shrink",
     "stream",
     "train",
     "train_many",
@@ -72,6 +76,8 @@ _HOME = {
     "Run": "weft.train",
     "WeftError": "weft.errors",
     "attach": "weft.models.attach",
+    "combine": "weft.compose",
+    "compare": "weft.compose",
     "convert": "weft.formats",
     "evaluate": "weft.train",
     "fingerprint": "weft.identity",
@@ -80,6 +86,7 @@ _HOME = {
     "load_base": "weft.models.load",
     "merge": "weft.core.merge",
     "prove": "weft.train",
+    "shrink": "weft.compose",
     "stream": "weft.train",
     "train": "weft.train",
     "train_many": "weft.many",

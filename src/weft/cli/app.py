@@ -26,7 +26,7 @@ from weft.errors import (
 
 __all__ = ["VERBS", "app", "run"]
 
-VERBS = ("demo", "train", "train-many", "eval", "generate", "inspect", "merge", "convert")
+VERBS = ("demo", "train", "train-many", "eval", "generate", "inspect", "merge", "convert", "combine", "compare", "shrink")
 
 FAILURES = (MergeError, NotFiniteError, RunStoppedError)
 """What can happen although all that was asked for was right: exit status 1. Every other WeftError: 2."""
