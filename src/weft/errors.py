@@ -17,6 +17,10 @@
     ├── RecipeError          an unknown key, a wrong type or a contradiction in a recipe     (also a ValueError)
     ├── RunError             a run folder that can't be used as asked
     │   └── RunStoppedError  a training that was asked to stop; it can go on
+    ├── StoreError           a store, a name or a version that can't be used as asked
+    │   ├── NotInStoreError  a reference that means nothing in this store
+    │   ├── DamagedError     files that are not what the store wrote
+    │   └── RequirementError  a promotion whose requirement is not met
     └── MissingDependencyError  an optional library is needed                                (also an ImportError)
 
 A message says what failed, where, what was got, what was expected and what to do next.
@@ -32,6 +36,7 @@ __all__ = [
     "BankError",
     "BaseError",
     "BaseMismatchError",
+    "DamagedError",
     "DataError",
     "FormatError",
     "KeysError",
@@ -39,11 +44,14 @@ __all__ = [
     "MissingDependencyError",
     "MixError",
     "NotFiniteError",
+    "NotInStoreError",
     "RecipeError",
+    "RequirementError",
     "RunError",
     "RunStoppedError",
     "ShapeError",
     "SpecError",
+    "StoreError",
     "TargetError",
     "UnsupportedError",
     "WeftError",
@@ -129,6 +137,22 @@ class RunError(WeftError):
 
 class RunStoppedError(RunError):
     """A training that was asked to stop, by Ctrl-C or a scheduler's signal; the message says how it goes on."""
+
+
+class StoreError(WeftError):
+    """A store that can't be opened or used as asked; a name, a filter or a move that it refuses."""
+
+
+class NotInStoreError(StoreError):
+    """A reference (a name, a version, an alias, a digest) that means nothing in this store."""
+
+
+class DamagedError(StoreError):
+    """Files of a store that are not what was written: changed, cut short, lost."""
+
+
+class RequirementError(StoreError):
+    """A promotion whose requirement is not met; nothing was moved."""
 
 
 class MissingDependencyError(WeftError, ImportError):
