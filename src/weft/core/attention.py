@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weft.core import ops
+from weft.core import joint, ops
+from weft.core.layers import eagerly
 from weft.core.ops import Operand
+from weft.core.ring import Ring
+from weft.core.routes import Rows
 from weft.core.slots import State, place
 from weft.errors import ShapeError, SpecError
 
@@ -45,6 +48,12 @@ class AttentionSite(_Base):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """(L, N, E) or (N, L, E) with ``batch_first``, or (L, E) -> the same, and weights (N, L, S) or None."""
+        if _is_routed(self) and torch.compiler.is_compiling():
+            result: tuple[Tensor, Tensor | None] = eagerly(
+                AttentionSite.forward, self, query, key, value, key_padding_mask, need_weights, attn_mask,
+                average_attn_weights, is_causal,
+            )  # fmt: skip
+            return result
         if not _is_adapted(self):
             return super().forward(query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights,
                                    is_causal)  # fmt: skip
@@ -72,7 +81,7 @@ class AttentionSite(_Base):
         return (out if self.batch_first else out.transpose(0, 1)), weights
 
 
-def place_attention(module: nn.Module, path: str) -> nn.Module:
+def place_attention(module: nn.Module, path: str, ring: Ring) -> nn.Module:
     """Let an attention compute with updates.
 
     Raises:
@@ -84,16 +93,20 @@ def place_attention(module: nn.Module, path: str) -> nn.Module:
             f"{path!r} is a {original.__name__}, an nn.MultiheadAttention with a forward of its own, which weft can't compute; leave it "
             "out with exclude=[…]"
         )
-    place(module, AttentionSite, path=path)
+    place(module, AttentionSite, path=path, ring=ring)
     return module
+
+
+def _is_routed(module: AttentionSite) -> bool:
+    return module._weft.ring is not None and module._weft.ring.routed
 
 
 def _is_adapted(module: AttentionSite) -> bool:
     placed = module._weft.sites.get("in_proj_weight")
-    if placed is not None and placed.active is not None:
+    if placed is not None and placed.chosen is not None:
         return True
     out = module.out_proj.__dict__.get("_weft")
-    if out is not None and "weight" in out.sites and out.sites["weight"].active is not None:
+    if out is not None and "weight" in out.sites and out.sites["weight"].chosen is not None:
         return True
     return any(
         value is not None for state in (module._weft, out) if state is not None for value in state.values.values()
@@ -128,8 +141,10 @@ def _to_NLE(module: AttentionSite, x: Tensor) -> Tensor:
 def _project(module: AttentionSite, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, all (N, length, E); self-attention is one product."""
     placed = module._weft.sites.get("in_proj_weight")
-    slot = None if placed is None else placed.active
+    slot = None if placed is None else placed.chosen
     width = module.embed_dim
+    if slot is not None and slot.by_row:
+        return _project_rows(module, slot, query, key, value)
     if not module._qkv_same_embed_dim:
         weights: tuple[Tensor, ...] = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     else:
@@ -152,6 +167,16 @@ def _project(module: AttentionSite, query: Tensor, key: Tensor, value: Tensor) -
     if slot is not None and slot.bias is not None:
         own = (slot.scale * slot.bias).to(q.dtype).chunk(3)
         q, k, v = q + own[0], k + own[1], v + own[2]
+    return q, k, v
+
+
+def _project_rows(
+    module: AttentionSite, rows: Rows, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_project` for rows of different adapters."""
+    inputs = (query, key, value)
+    whole = {id(x): joint.run(module, rows.placed, rows, x) for x in {id(x): x for x in inputs}.values()}
+    q, k, v = (whole[id(x)].chunk(3, dim=-1)[index] for index, x in enumerate(inputs))
     return q, k, v
 
 

@@ -7,43 +7,32 @@ what a layer computes, no files and no architectures.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from weft.adapter import Adapter, Provenance
-from weft.core import loading
-from weft.core.attention import place_attention
+from weft.core import loading, routes
 from weft.core.filling import loaded_slot, snapshot, start_slot, to_cpu
-from weft.core.groups import form_groups
 from weft.core.inits import initialise
-from weft.core.layers import mixin_for
+from weft.core.members import FlatSites, Layout, Member, flatten
 from weft.core.parameters import lazy_weight
-from weft.core.sites import Site, SiteMap, find_sites
-from weft.core.slots import Placed, Slot, State, hold, let_go, place, restore, slot_key
-from weft.core.surroundings import Surroundings
+from weft.core.placing import Ground, child_key, ends_in_bias, state_of
+from weft.core.pool import Pool
+from weft.core.routes import Entry, Route
+from weft.core.sites import SiteMap, find_sites
+from weft.core.slots import Placed, Slot, hold, let_go, slot_key
+from weft.core.starts import Start
 from weft.core.tree import Node, by_path, walk
-from weft.core.whole import copy_whole, place_whole, tie_copies
 from weft.errors import BankError, did_you_mean, some_names
 from weft.identity import Fingerprint, fingerprint
 from weft.spec import LoraSpec
 
 __all__ = ["Bank", "attach"]
 
-
-@dataclass(eq=False)
-class _Entry:
-    """One adapter in the bank."""
-
-    spec: LoraSpec
-    sites: dict[str, Slot] = field(default_factory=dict)
-    biases: dict[str, nn.Parameter] = field(default_factory=dict)
-    whole: dict[str, nn.Module] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    provenance: Provenance = field(default_factory=Provenance)
+Starts = dict[str, Start]
 
 
 def attach(
@@ -100,17 +89,16 @@ class Bank:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.current: str | None = None
-        self._entries: dict[str, _Entry] = {}
-        self._placed: dict[str, Placed] = {}
-        self._owners: dict[str, nn.Module] = {}
-        self._blocks: list[nn.Module] = []
+        self._members: dict[str, Member] = {}
+        self._ground = Ground(model)
+        self._pools: list[Pool] = []
         self._expected: dict[LoraSpec, frozenset[str]] = {}
+        self._layouts: dict[Any, Layout] = {}
         self._fingerprints: dict[tuple[str, ...], Fingerprint] = {}
-        self._surroundings = Surroundings(model)
         model.__dict__["_weft_bank"] = self
 
     def __repr__(self) -> str:
-        return f"Bank({list(self._entries)} on {type(self.model).__name__}, {len(self._placed)} sites, using {self.current!r})"
+        return f"Bank({list(self._members)} on {type(self.model).__name__}, {len(self._placed)} sites, using {self.current!r})"
 
     def __enter__(self) -> Bank:
         return self
@@ -121,7 +109,7 @@ class Bank:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the adapters, in the order they came."""
-        return tuple(self._entries)
+        return tuple(self._members)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -130,11 +118,11 @@ class Bank:
 
     def spec(self, name: str) -> LoraSpec:
         """The spec of an adapter."""
-        return self._entry(name).spec
+        return self._member(name).spec
 
     def notes(self, name: str) -> tuple[str, ...]:
         """What the user has to know about an adapter's sites: tied weights, experts that are left out …"""
-        return self._entry(name).notes
+        return self._member(name).notes
 
     def add(
         self, name: str, spec: LoraSpec, *, batches: Iterable[Mapping[str, Any]] | None = None, seed: int | None = None
@@ -145,19 +133,16 @@ class Bank:
             BankError: the name is taken or unusable.
             TargetError, SpecError: see `find_sites`; a combination that a kind of layer can't have.
         """
-        self._check_new(name)
+        self.check_new(name)
         found = find_sites(self.model, spec)
         for site in found.sites:
             loading.check_features(site, dora=spec.dora, dropout=spec.dropout > 0, lora_bias=spec.lora_bias)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        current, self_state = self.current, self.use
-        self_state(None)
-        try:
-            starts = initialise(found.sites, spec, generator=generator, batches=batches, model=self.model)
-        finally:
-            self_state(current)
+        starts = self.unrouted(
+            lambda generator: initialise(found.sites, spec, generator=generator, batches=batches, model=self.model),
+            seed,
+        )
         slots = {site.path: start_slot(site, spec, starts[site.path]) for site in found.sites}
-        self._install(name, _Entry(spec, slots, notes=found.notes), found, None)
+        self.install(Member(name, spec, slots, notes=found.notes), found, None)
 
     def load(
         self,
@@ -181,58 +166,96 @@ class Bank:
             BaseMismatchError: the adapter was made for another base; says what differs.
             ShapeError, KeysError, TargetError, NotFiniteError: the adapter doesn't fit; names the sites.
         """
-        self._check_new(name)
-        adapter.check_finite()
-        if not allow_other_base:
-            loading.check_base(adapter, self._fingerprint(tuple(adapter.modules)))
-        found = loading.locate(self._nodes, adapter)
-        if not allow_partial:
-            loading.check_complete(found, self._expected_sites(adapter.spec))
-        dtype = loading.factor_dtype(self.model)
-        slots = {}
-        for path, site in zip(adapter.factors, found.sites, strict=True):
-            loading.check_features(site, dropout=trainable and adapter.spec.dropout > 0)
-            slots[site.path] = loaded_slot(site, adapter.factors[path], adapter.spec.dropout, trainable, dtype)
-        entry = _Entry(adapter.spec, slots, notes=found.notes, provenance=adapter.provenance)
-        self._install(name, entry, found, adapter, trainable)
+        self.check_new(name)
+        layout = self.layout_for(adapter, allow_other_base=allow_other_base, allow_partial=allow_partial)
+        member = Member(
+            name, adapter.spec, notes=layout.found.notes, provenance=adapter.provenance, fixed=not trainable
+        )
+        if trainable:
+            adapter.check_finite()
+            member.sites = self._trainable_slots(adapter, layout.found)
+            self.install(member, layout.found, adapter)
+            return
+        loading.check_others_finite(adapter)
+        flat = flatten(adapter, layout, self._device(layout.found))
+        member.sites = FlatSites(layout, flat, adapter.spec.dropout)
+        self.install(member, layout.found, adapter, False)
 
     def drop(self, name: str) -> None:
-        """Take an adapter out; the others don't notice. If it was in use, the base is."""
-        entry = self._entry(name)
+        """Take an adapter out; the others don't notice. If it was in use, the base is. A route that was made before keeps it."""
+        member = self._member(name)
         if self.current == name:
             self.use(None)
-        del self._entries[name]
+        del self._members[name]
+        for pool in self._pools:
+            pool.forget(name)
         key = slot_key(name)
-        for path in entry.sites:
-            placed = self._placed.get(path)
-            if placed is not None and placed.slots.pop(name, None) is not None:
-                let_go(placed.site.module, _child(key, placed.site.weight_name))
-        for path in entry.biases:
-            let_go(self._owners[path.rpartition(".")[0]], f"{key}:biases")
-        for path in entry.whole:
-            owner = self._owners.get(path)
-            if owner is not None and _state(owner).whole.pop(name, None) is not None:
-                let_go(owner, key)
+        for placed in (self._placed.get(path) for path in (() if member.fixed else member.sites)):
+            if placed is None:
+                continue
+            site = placed.site
+            let_go(site.module, child_key(key, site.weight_name))
+        for path in member.biases:
+            self._ground.drop_bias(name, path)
+        for path in member.whole:
+            self._ground.drop_whole(name, path)
 
     def use(self, name: str | None) -> None:
-        """Choose the adapter of the next forwards; None: the base."""
-        entry = None if name is None else self._entry(name)
-        for placed in self._placed.values():
-            placed.active = placed.slots.get(name) if name is not None else None
+        """Choose the adapter of the next forwards that no route is on for; None: the base."""
+        member = None if name is None else self._member(name)
+        for path, placed in self._placed.items():
+            placed.active = None if member is None else member.sites.get(path)
             if placed.group is not None:
                 placed.group.forget()
             if placed.site.kind == "parameter":
-                slot = placed.active
-                reader = None if slot is None else functools.partial(lazy_weight, placed, slot)
-                _state(placed.site.module).values[placed.site.weight_name] = reader
-        biases = entry.biases if entry else {}
-        for path, owner in self._owners.items():
-            state = _state(owner)
+                reader = None if placed.active is None else functools.partial(lazy_weight, placed, placed.active)
+                state_of(placed.site.module).values[placed.site.weight_name] = reader
+        biases = member.biases if member else {}
+        for path, owner in self._ground.owners.items():
+            state = state_of(owner)
             state.active_whole = state.whole.get(name) if name is not None else None
             for leaf in state.values:
                 if leaf not in state.sites:
                     state.values[leaf] = biases.get(f"{path}.{leaf}" if path else leaf)
         self.current = name
+
+    def route(
+        self, entries: Entry | Sequence[Entry], *, lengths: Sequence[int] | None = None, seeds: Sequence[int] | None = None
+    ) -> Route:  # fmt: skip
+        """Choose adapters by row, for the forwards of this thread inside of a ``with``.
+
+        Inside of it `use` has no say, a nested route replaces the outer one, and other threads see none of it. What runs later because of
+        a forward in here (the replay of a checkpoint in a backward) has this route too. An adapter that is dropped or loaded anew meanwhile
+        stays what it was in routes that were made before. A route may be entered as often as one likes; it keeps what it has gathered.
+
+        Args:
+            entries: one entry a row of the batch: a name, None for the base, or ``{name: weight, …}``, which adds ``Σ wᵢ ΔWᵢ`` exactly.
+                One entry alone is for all rows. A forward may have k times as many rows as there are entries (beams, several returned
+                sequences): each entry then has k rows in a row, as transformers orders them.
+            lengths: tokens of each entry in a packed batch, whose inputs are (1, T, …) or (T, …) with T their sum.
+            seeds: one whole number an entry. Dropout of a row then is a function of its seed, the site and the place in the row, and of
+                nothing else: not of other rows, padding on the right, or how often a checkpoint computes it.
+
+        Raises:
+            BankError: an unknown name, a weight that is no finite number, lengths or seeds that don't fit; adapters whose rows can't be told
+                apart at one of their sites, which is named. In the forward: a batch of another number of rows.
+
+        Example:
+            >>> with bank.route(["alice", None, "bob", {"alice": 0.7, "bob": 0.3}]):
+            ...     model.generate(**batch)          # four rows, or eight with two beams
+        """
+        if self.model.__dict__.get("_weft_bank") is not self:
+            raise BankError("this bank was detached: attach a new one")
+        route = routes.parse(self._ground.ring, self._members, entries, lengths, seeds)
+        self._check_route(route)
+        self._ground.watch_calls()
+        return route
+
+    def pool(self) -> Pool:
+        """Room for adapters that are trained together, see `weft.core.pool.Pool`."""
+        pool = Pool(self)
+        self._pools.append(pool)
+        return pool
 
     def adapter(self, name: str | None = None, provenance: Provenance | None = None) -> Adapter:
         """A snapshot of an adapter as an immutable value, tensors on the CPU.
@@ -242,24 +265,24 @@ class Bank:
             provenance: where it comes from; its base is filled in with this one's fingerprint.
         """
         name = self._only_name() if name is None else name
-        entry = self._entry(name)
+        entry = self._member(name)
         factors = {path: snapshot(self._placed[path].site, slot) for path, slot in entry.sites.items()}
         whole = {
             path: {key: to_cpu(t) for key, t in module.state_dict().items()} for path, module in entry.whole.items()
         }
-        came = provenance or entry.provenance
+        came = provenance or entry.provenance or Provenance()
         came = loading.with_base(came, self._fingerprint(tuple(entry.whole)))
         spec = loading.spec_of(entry.spec, factors)
         return Adapter(spec, factors, whole, {path: to_cpu(t) for path, t in entry.biases.items()}, came)
 
     def named_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """Trainable parameters of one adapter: (full name in the model, parameter); tied ones once."""
-        entry = self._entry(name)
+        entry = self._member(name)
         key = slot_key(name)
         for path, slot in entry.sites.items():
             site = self._placed[path].site
-            for leaf, parameter in slot.named_parameters():
-                yield f"{site.owner}.weft.{_child(key, site.weight_name)}.{leaf}".lstrip("."), parameter
+            for leaf, parameter in slot.named_parameters() if isinstance(slot, Slot) else ():
+                yield f"{site.owner}.weft.{child_key(key, site.weight_name)}.{leaf}".lstrip("."), parameter
         for path, parameter in entry.biases.items():
             owner, _, leaf = path.rpartition(".")
             yield f"{owner}.weft.{key}:biases.{leaf}".lstrip("."), parameter
@@ -272,32 +295,39 @@ class Bank:
 
     def detach(self) -> None:
         """Give back the model that was there: same modules, same bytes, same requires_grad, no hook. Idempotent."""
-        for module in (*self._owners.values(), *self._blocks):
-            restore(module)
-        self._owners, self._blocks, self._placed, self._entries = {}, [], {}, {}
+        self._ground.restore()
+        self._members, self._pools = {}, []
         self.current = None
-        self._surroundings.restore()
         if self.model.__dict__.get("_weft_bank") is self:
             del self.model.__dict__["_weft_bank"]
 
     # inside
 
-    def _entry(self, name: str) -> _Entry:
-        if name not in self._entries:
+    @property
+    def _placed(self) -> dict[str, Placed]:
+        return self._ground.placed
+
+    def _member(self, name: str) -> Member:
+        if name not in self._members:
             raise BankError(
                 f"no adapter {name!r} in this bank.{did_you_mean(str(name), self.names)} There are: {some_names(self.names) or 'none'}"
             )
-        return self._entries[name]
+        return self._members[name]
 
     def _only_name(self) -> str:
-        if len(self._entries) != 1:
-            raise BankError(f"which adapter? There are {len(self._entries)}: {some_names(self.names)}")
+        if len(self._members) != 1:
+            raise BankError(f"which adapter? There are {len(self._members)}: {some_names(self.names)}")
         return self.names[0]
 
-    def _check_new(self, name: str) -> None:
+    def check_new(self, name: str) -> None:
+        """Refuse a name that is taken or can't be one.
+
+        Raises:
+            BankError: says why.
+        """
         if not isinstance(name, str) or not name or any(ord(letter) < 32 for letter in name):
             raise BankError(f"an adapter's name is non-empty text, got {name!r}")
-        if name in self._entries:
+        if name in self._members:
             raise BankError(
                 f"this bank has an adapter {name!r} already: choose another name, or bank.drop({name!r}) first"
             )
@@ -320,89 +350,95 @@ class Bank:
             self._fingerprints[without] = fingerprint(self.model, weights)
         return self._fingerprints[without]
 
-    def _install(
-        self, name: str, entry: _Entry, found: SiteMap, adapter: Adapter | None, trainable: bool = True
-    ) -> None:
-        """Put slots, biases and whole modules into the model; all or nothing."""
-        key = slot_key(name)
-        self._surroundings.freeze()
-        self._entries[name] = entry
+    def unrouted(self, initialise: Callable[[torch.Generator | None], Starts], seed: int | None) -> Starts:
+        """Run an initialisation on the base alone, with a generator of its own where there is a seed."""
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        current = self.current
+        self.use(None)
+        try:
+            with self._ground.ring.entered(None):
+                return initialise(generator)
+        finally:
+            self.use(current)
+
+    def layout_for(self, adapter: Adapter, *, allow_other_base: bool, allow_partial: bool) -> Layout:
+        """Where an adapter's tensors belong in this model; looked up once for all adapters of the same shape.
+
+        Raises:
+            BaseMismatchError, ShapeError, KeysError, TargetError: as `load`.
+        """
+        if not allow_other_base:
+            loading.check_base(adapter, self._fingerprint(tuple(adapter.modules)))
+        key = (adapter.spec, allow_partial, *loading.shape_key(adapter))
+        found = self._layouts.get(key)
+        if found is None:
+            sites = loading.locate(self._nodes, adapter)
+            if not allow_partial:
+                loading.check_complete(sites, self._expected_sites(adapter.spec))
+            found = self._layouts[key] = Layout.of(adapter, sites)
+        return found
+
+    def _trainable_slots(self, adapter: Adapter, found: SiteMap) -> dict[str, Slot]:
+        dtype = loading.factor_dtype(self.model)
+        slots = {}
+        for site, factors in zip(found.sites, adapter.factors.values(), strict=True):
+            loading.check_features(site, dropout=adapter.spec.dropout > 0)
+            slots[site.path] = loaded_slot(site, factors, adapter.spec.dropout, True, dtype)
+        return slots
+
+    def _device(self, found: SiteMap) -> torch.device:
+        first = next((site.weight.device for site in found.sites), None)
+        return first or next((p.device for p in self.model.parameters()), torch.device("cpu"))
+
+    def install(self, member: Member, found: SiteMap, adapter: Adapter | None, trainable: bool = True) -> None:
+        """Put what an adapter has into the model; all or nothing. For pools; users call `add` or `load`."""
+        name, key, ground = member.name, slot_key(member.name), self._ground
+        ground.freeze()
+        self._members[name] = member
+        known = len(ground.owners)
         try:
             for site in found.sites:
-                self._place_site(site, entry.sites[site.path], name)
+                if site.path not in ground.placed:
+                    ground.site(site)
+                if not member.fixed:
+                    slot: Any = member.sites[site.path]
+                    if isinstance(slot, Slot):
+                        hold(site.module, child_key(key, site.weight_name), slot)
             for path in found.biases:
                 value = None if adapter is None else adapter.biases[path]
-                entry.biases[path] = self._place_bias(path, value, key, trainable)
-            self._place_whole(name, entry, found.save_modules, adapter, trainable)
-            self._regroup()
+                member.biases[path] = ground.bias(path, value, key, trainable)
+            tensors = None if adapter is None else adapter.modules
+            member.whole = ground.whole(name, found.save_modules, tensors, trainable)
+            if len(ground.owners) != known:
+                ground.settle()
         except BaseException:
             self.drop(name)
             raise
-        self._surroundings.guard(self._owners)
 
-    def _place_site(self, site: Site, slot: Slot, name: str) -> None:
-        module = site.module
-        if site.path not in self._placed:
-            state = place(
-                module, mixin_for(site.kind), (site.weight_name,) if site.kind == "parameter" else (), site.path
-            )
-            self._owners.setdefault(site.owner, module)
-            if site.kind == "attention" or site.host is not None:
-                host_path = site.owner if site.host is None else site.host
-                self._owners.setdefault(host_path, place_attention(self.model.get_submodule(host_path), host_path))
-            self._placed[site.path] = state.sites[site.weight_name] = Placed(site)
-        hold(module, _child(slot_key(name), site.weight_name), slot)
-        self._placed[site.path].slots[name] = slot
+    def _check_route(self, route: Route) -> None:
+        """Refuse rows that can't be told apart at one of their sites, before anything is computed.
 
-    def _place_bias(self, path: str, value: Tensor | None, key: str, trainable: bool) -> nn.Parameter:
-        owner_path, _, leaf = path.rpartition(".")
-        owner = self.model.get_submodule(owner_path)
-        base = owner._parameters[leaf]
-        assert base is not None
-        place(owner, None, (leaf,))
-        self._owners.setdefault(owner_path, owner)
-        like = base if value is None else value
-        mine = nn.Parameter(like.detach().to(base.device, loading.wide(base.dtype)).clone(), requires_grad=trainable)
-        holder = owner._modules.get("weft")
-        child = holder._modules.get(f"{key}:biases") if holder is not None else None
-        if child is None:
-            child = nn.Module()
-            hold(owner, f"{key}:biases", child)
-        child.register_parameter(leaf, mine)
-        return mine
-
-    def _place_whole(
-        self, name: str, entry: _Entry, paths: tuple[str, ...], adapter: Adapter | None, trainable: bool
-    ) -> None:
-        pairs = []
+        Raises:
+            BankError: names the site.
+        """
+        if route.alone() is not None or not route.parts:
+            return
+        paths = {path: None for part in route.parts for member, _ in part for path in member.sites}
         for path in paths:
-            module = self.model.get_submodule(path)
-            clone = copy_whole(module).requires_grad_(trainable)
-            if adapter is not None:
-                loading.fill_whole(clone, adapter.modules[path], path)
-            pairs.append((module, clone))
-            entry.whole[path] = clone
-        tie_copies(pairs)
-        for path, (module, clone) in zip(paths, pairs, strict=True):
-            place_whole(module, path).whole[name] = clone
-            self._owners.setdefault(path, module)
-            hold(module, slot_key(name), clone)
-
-    def _regroup(self) -> None:
-        parents: dict[str, dict[str, tuple[nn.Module, Placed]]] = {}
-        for path, placed in self._placed.items():
-            if placed.site.kind == "linear" and placed.site.host is None:
-                parent, _, child = path.rpartition(".")
-                parents.setdefault(parent, {})[child] = (placed.site.module, placed)
-        known = {id(block) for block in self._blocks}
-        self._blocks += [block for block in form_groups(self.model, parents) if id(block) not in known]
-
-
-def _state(module: nn.Module) -> State:
-    state = module.__dict__["_weft"]
-    assert isinstance(state, State)
-    return state
-
-
-def _child(key: str, weight_name: str) -> str:
-    return key if weight_name == "weight" else f"{key}:{weight_name}"
+            placed = self._placed[path]
+            if placed.site.kind == "parameter":
+                route.at(placed)
+            elif not route.whole and loading.sees_no_rows(path):
+                raise BankError(
+                    f"{path!r} is one of several experts, which see tokens without their rows: rows that differ there can't be in one batch. "
+                    "Route all rows to one adapter"
+                )
+        for part in route.parts:
+            for path in (path for member, _ in part for path in member.biases):
+                owner, _, leaf = path.rpartition(".")
+                state = state_of(self._ground.owners[owner])
+                if not state.sites and not (leaf == "bias" and ends_in_bias(self._ground.owners[owner])):
+                    raise BankError(
+                        f"{path!r} is a trained bias of a {state.original.__name__}, whose place in the computation nobody knows: rows with "
+                        "different biases there can't be in one batch. Route all rows to one adapter"
+                    )

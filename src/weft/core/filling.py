@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from weft.core.adapted import row_norms
 from weft.core.factors import Factors, compact_groups, spread_groups
-from weft.core.layers import row_norms
+from weft.core.members import FixedSlot
 from weft.core.sites import Site
 from weft.core.slots import Slot
 from weft.core.starts import Start
@@ -20,7 +21,7 @@ __all__ = ["loaded_slot", "snapshot", "start_slot", "to_cpu"]
 
 def to_cpu(tensor: Tensor) -> Tensor:
     """A copy on the CPU that nothing else holds."""
-    return tensor.detach().cpu().clone()
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def start_slot(site: Site, spec: LoraSpec, start: Start) -> Slot:
@@ -56,7 +57,7 @@ def _native(site: Site, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A.reshape(A.shape[0], -1, *site.kernel), compact_groups(B, site.groups)
 
 
-def snapshot(site: Site, slot: Slot) -> Factors:
+def snapshot(site: Site, slot: Slot | FixedSlot) -> Factors:
     """A snapshot of a slot; a starting product becomes part of the factors (rank 2r)."""
     A, B = (to_cpu(tensor) for tensor in slot.pair())
     if site.kind == "conv":

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from weft.core import ops
+from weft.core import joint, ops
+from weft.core.adapted import adapted_linear, is_ours, operand
 from weft.core.gated_mlp import gated_mlp
-from weft.core.layers import adapted_linear, is_ours, operand
 from weft.core.slots import Placed, State, place
 
 __all__ = ["GatedMLPSite", "Group", "form_groups"]
@@ -81,11 +81,18 @@ class Group:
             self.unfinished += 1
             if ((found is not None and waiting.x is not x) or self.unfinished > PATIENCE) and not self._is_replayed():
                 self.dissolve()
-        if x.is_inference() or placed.group is not self or not all(_joins(*member) for member in self.members):
+        chosen = [other.chosen for _, other in self.members]
+        routed = any(slot is not None and slot.by_row for slot in chosen)
+        if x.is_inference() or placed.group is not self or not all(map(_joins, self.members, chosen)):
             return self._alone(placed, x)
-        results = ops.linears(x, [operand(module, other) for module, other in self.members])
+        if routed:
+            route = next(slot.route for slot in chosen if slot is not None and slot.by_row)
+            results: Any = joint.joint_of(route, self, self.members).run(x)
+        else:
+            pairs = zip(self.members, chosen, strict=True)
+            results = ops.linears(x, [operand(module, other, slot) for (module, other), slot in pairs])
         outputs = {id(other): result for (_, other), result in zip(self.members, results, strict=True)}
-        result = outputs.pop(id(placed))
+        result: Tensor = outputs.pop(id(placed))
         self.round.waiting = _Waiting(x, key, outputs)
         return result
 
@@ -112,22 +119,23 @@ class Group:
 
     def _alone(self, placed: Placed, x: Tensor) -> Tensor:
         module = next(module for module, other in self.members if other is placed)
-        return adapted_linear(module, placed, x)
+        slot = placed.chosen
+        return joint.run(module, placed, slot, x) if slot.by_row else adapted_linear(module, placed, slot, x)
 
     def _key(self, x: Tensor) -> tuple[Any, ...]:
         """What must be the same for a waiting result to be the result."""
         version = 0 if x.is_inference() else x._version
         slots: list[Any] = [torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), version]
         for module, placed in self.members:
-            slot = placed.active
+            slot = placed.chosen
             slots += [id(slot), module.training]
-            if slot is not None and not slot.lora_A.is_inference():
+            if slot is not None and not slot.by_row and not slot.lora_A.is_inference():
                 slots += [slot.lora_A._version, slot.lora_B._version]
         return tuple(slots)
 
 
-def _joins(module: nn.Module, placed: Placed) -> bool:
-    return placed.active is not None and placed.active.plain and not is_watched(module)
+def _joins(member: tuple[nn.Module, Placed], slot: Any) -> bool:
+    return slot is not None and (slot.by_row or slot.plain) and not is_watched(member[0])
 
 
 if TYPE_CHECKING:
@@ -153,16 +161,19 @@ class GatedMLPSite(_Base):
             return super().forward(x)  # type: ignore[no-any-return]
         states: list[State | None] = [child.__dict__.get("_weft") for child in children]
         placed = [None if state is None else state.sites["weight"] for state in states]
-        if not torch.is_grad_enabled() or all(item is None or item.active is None for item in placed):
+        slots = [None if item is None else item.chosen for item in placed]
+        if not torch.is_grad_enabled() or all(slot is None for slot in slots):
             return super().forward(x)  # type: ignore[no-any-return]
-        gate, up, down = (_operand(child, item) for child, item in zip(children, placed, strict=True))
+        gate, up, down = (
+            _operand(child, item, slot) for child, item, slot in zip(children, placed, slots, strict=True)
+        )
         return gated_mlp(x, gate, up, down)
 
 
-def _operand(child: nn.Module, placed: Placed | None) -> ops.Operand:
+def _operand(child: nn.Module, placed: Placed | None, slot: Any) -> ops.Operand:
     if placed is None:
         return ops.Operand(child.weight, child.bias, None, None)  # type: ignore[arg-type]
-    return operand(child, placed)
+    return operand(child, placed, slot)
 
 
 def _fits(child: nn.Module) -> bool:
@@ -172,8 +183,11 @@ def _fits(child: nn.Module) -> bool:
     state: State | None = child.__dict__.get("_weft")
     if state is None:
         return type(child) is nn.Linear
-    placed = state.sites.get("weight") if state.active_whole is None else None
-    return placed is not None and is_ours(child, placed) and (placed.active is None or placed.active.plain)
+    placed = state.sites.get("weight") if state.active_whole is None and not state.whole else None
+    if placed is None or not is_ours(child, placed):
+        return False
+    slot = placed.chosen
+    return slot is None or bool(slot.plain)
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -6,28 +6,23 @@ forward runs. Products are in `weft.core.ops` and `weft.core.convs`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from weft.core import ops
+from weft.core import joint
+from weft.core.adapted import adapted_linear, beside, is_ours, magnitude_factor, row_norms
+from weft.core.by_parts import by_rows
 from weft.core.convs import convolve
 from weft.core.factors import Kind
-from weft.core.ops import Operand
 from weft.core.slots import Placed, Slot, State
-from weft.core.tree import has_plain_forward
+from weft.errors import BankError
 
-__all__ = [
-    "ConvSite",
-    "EmbeddingSite",
-    "LinearSite",
-    "adapted_linear",
-    "mixin_for",
-    "operand",
-    "row_norms",
-]
+__all__ = ["ConvSite", "EmbeddingSite", "LinearSite", "eagerly", "mixin_for", "row_norms"]
 
 if TYPE_CHECKING:
     from torch.nn import Module as _Base
@@ -43,98 +38,20 @@ class LinearSite(_Base):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """(..., d_in) -> (..., d_out); the argument is called ``input``, or ``x`` in Conv1D."""
         placed = self._weft.sites["weight"]
-        slot = placed.active
+        if placed.ring.routed and torch.compiler.is_compiling():
+            return eagerly(LinearSite.forward, self, *args, **kwargs)  # type: ignore[no-any-return]
+        slot = placed.chosen
         if slot is None:
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         if placed.group is not None and not torch.compiler.is_compiling():
             return placed.group(placed, x)  # type: ignore[no-any-return]
+        if slot.by_row:
+            return joint.run(self, placed, slot, x)
         if not is_ours(self, placed):
             base: Tensor = super().forward(*args, **kwargs)
-            return _beside(self, placed, slot, x, base)
-        return adapted_linear(self, placed, x)
-
-
-def is_ours(module: nn.Module, placed: Placed) -> bool:
-    """Whether the layer's own forward is the plain product that ours replaces (a quantised one isn't)."""
-    state: State = module.__dict__["_weft"]
-    known: bool | None = state.extra.get("plain")
-    if known is None:
-        known = state.extra["plain"] = has_plain_forward(state.original)
-    return known
-
-
-def operand(module: nn.Module, placed: Placed, with_bias: bool = True) -> Operand:
-    """The weights of a linear site as `ops` wants them; without an active slot the base alone."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    weight = weight.t() if placed.site.transposed else weight
-    bias: Tensor | None = module.bias if with_bias else None  # type: ignore[assignment]
-    slot = placed.active
-    if slot is None:
-        return Operand(weight, bias, None, None)
-    return Operand(weight, bias, *slot.pair(), slot.scale, slot.dropout if module.training else 0.0)
-
-
-def adapted_linear(module: nn.Module, placed: Placed, x: Tensor) -> Tensor:
-    """An adapted linear layer by itself."""
-    slot = placed.active
-    assert slot is not None
-    if slot.plain:
-        return ops.linear(x, operand(module, placed))
-    out = ops.linear(x, operand(module, placed, with_bias=slot.magnitude is None))
-    out = _add_own_bias(out, slot)
-    if slot.magnitude is None:
-        return out
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    factor = magnitude_factor(placed, slot, weight.t() if placed.site.transposed else weight).to(out.dtype)
-    bias = module.bias
-    return out * factor if bias is None else out * factor + bias.to(out.dtype)  # type: ignore[operator]
-
-
-def _beside(module: nn.Module, placed: Placed, slot: Slot, x: Tensor, base: Tensor) -> Tensor:
-    """The update beside a base product that isn't ours."""
-    A, B = slot.pair()
-    update = ops.low_rank(x, A, B, slot.scale, slot.dropout if module.training else 0.0)
-    update = _add_own_bias(update, slot)
-    if slot.magnitude is None:
-        return base + update.to(base.dtype)
-    weight = module.weight.dequantize() if hasattr(module.weight, "dequantize") else module.weight  # type: ignore[operator]
-    factor = magnitude_factor(placed, slot, weight).to(base.dtype)  # type: ignore[arg-type]
-    bias = module.bias if module.bias is not None else 0.0
-    return (base - bias + update.to(base.dtype)) * factor + bias  # type: ignore[operator]
-
-
-def _add_own_bias(out: Tensor, slot: Slot) -> Tensor:
-    return out if slot.bias is None else out + (slot.scale * slot.bias).to(out.dtype)
-
-
-def magnitude_factor(placed: Placed, slot: Slot, weight: Tensor) -> Tensor:
-    """DoRA's ``m / ‖W + ΔW‖`` by output: (d_out,). The norm is a constant for the gradient, as in the paper.
-
-    Source:
-        Liu et al. 2024, DoRA, arXiv:2402.09353, sections 4.1 and 4.3.
-    """
-    A, B = (tensor.detach() for tensor in slot.pair())
-    norms = row_norms(weight.detach(), A, B, slot.scale, placed.site.groups)
-    assert slot.magnitude is not None
-    return slot.magnitude / norms.to(slot.magnitude.dtype)
-
-
-def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float, groups: int = 1) -> Tensor:
-    """‖W + scale · B A‖ by row without building B A: (d_out,), at least float32.
-
-    Args:
-        weight: (d_out, ...), flattened to (d_out, d_in).
-        A: (r, ...), flattened to (r, d_in); B: (d_out, r), further dimensions of size 1.
-        groups: must be 1: a grouped convolution's update has no rows that match its weight's.
-    """
-    assert groups == 1
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    W, A, B = weight.flatten(1).to(wide), A.flatten(1).to(wide), B.flatten(1).to(wide)
-    own = W.square().sum(1)
-    cross = (B * (W @ A.mT)).sum(1)
-    inner = (B * (B @ (A @ A.mT))).sum(1)
-    return (own + 2 * scale * cross + scale**2 * inner).clamp_min(0).sqrt()
+            return beside(self, placed, slot, x, base)
+        return adapted_linear(self, placed, slot, x)
 
 
 class ConvSite(_Base):
@@ -147,9 +64,23 @@ class ConvSite(_Base):
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, *size) or (C, *size) -> the layer's own output shape."""
         placed = self._weft.sites["weight"]
-        slot = placed.active
+        if placed.ring.routed and torch.compiler.is_compiling():
+            return eagerly(ConvSite.forward, self, input)  # type: ignore[no-any-return]
+        slot = placed.chosen
         if slot is None:
             return super().forward(input)  # type: ignore[no-any-return]
+        if not slot.by_row:
+            return self._adapted(placed, slot, input)
+        size = len(placed.site.kernel)
+        if slot.route.lengths is not None or (not slot.route.whole and input.dim() != size + 2):
+            raise BankError(
+                f"{placed.site.path!r} is a convolution, which mixes the tokens of its input {tuple(input.shape)}: routes by packed token can't "
+                "go through it; route by row, with one batch row an entry"
+            )
+        channels = (-1, *(1,) * size)
+        return by_rows(slot, input, functools.partial(self._adapted, placed), super().forward, size + 1, channels)
+
+    def _adapted(self, placed: Placed, slot: Slot, input: Tensor) -> Tensor:
         bias = self.bias
         ours = is_ours(self, placed)
         if ours and slot.plain:
@@ -176,10 +107,17 @@ class EmbeddingSite(_Base):
     def forward(self, input: Tensor) -> Tensor:
         """(...) of ids -> (..., width)."""
         placed = self._weft.sites["weight"]
-        slot = placed.active
-        base: Tensor = super().forward(input)
+        if placed.ring.routed and torch.compiler.is_compiling():
+            return eagerly(EmbeddingSite.forward, self, input)  # type: ignore[no-any-return]
+        slot = placed.chosen
         if slot is None:
-            return base
+            return super().forward(input)  # type: ignore[no-any-return]
+        if not slot.by_row:
+            return self._adapted(placed, slot, input)
+        return by_rows(slot, input, functools.partial(self._adapted, placed), super().forward, 0)
+
+    def _adapted(self, placed: Placed, slot: Slot, input: Tensor) -> Tensor:
+        base: Tensor = super().forward(input)
         A, B = slot.pair()
         thin = F.embedding(input, A.t(), padding_idx=self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         update = F.linear(thin, B) * slot.scale
@@ -188,6 +126,12 @@ class EmbeddingSite(_Base):
         if slot.magnitude is None:
             return base + update.to(base.dtype)
         return (base + update.to(base.dtype)) * magnitude_factor(placed, slot, self.weight.t()).to(base.dtype)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def eagerly(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A forward that a compiler leaves alone: which route is on is a matter of the thread, and no constant."""
+    return forward(*args, **kwargs)
 
 
 _MIXINS: dict[Kind, type] = {"linear": LinearSite, "conv": ConvSite, "embedding": EmbeddingSite}

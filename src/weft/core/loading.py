@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +25,57 @@ __all__ = [
     "base_weights",
     "check_base",
     "check_complete",
+    "check_others_finite",
     "check_shape",
     "expected_sites",
     "factor_dtype",
     "fill_whole",
     "locate",
+    "sees_no_rows",
+    "shape_key",
     "spec_of",
     "wide",
     "with_base",
 ]
+
+
+def shape_key(adapter: Adapter) -> tuple[Any, ...]:
+    """What two adapters must have in common to belong at the same places: paths, shapes, kinds, scales."""
+    return (
+        tuple(
+            (
+                path,
+                item.A.shape,
+                item.B.shape,
+                item.kind,
+                item.kernel,
+                item.groups,
+                item.scale,
+                item.magnitude is None,
+                item.bias is None,
+            )
+            for path, item in adapter.factors.items()
+        ),
+        tuple(adapter.modules),
+        tuple(adapter.biases),
+    )
+
+
+def check_others_finite(adapter: Adapter) -> None:
+    """Refuse NaN and infinity in scales, modules and biases; the factors are checked where they are copied.
+
+    Raises:
+        NotFiniteError: names the tensor.
+    """
+    wrong = any(not math.isfinite(item.scale) for item in adapter.factors.values())
+    others = [*(t for module in adapter.modules.values() for t in module.values()), *adapter.biases.values()]
+    if wrong or not all(bool(torch.isfinite(tensor).all()) for tensor in others):
+        adapter.check_finite()
+
+
+def sees_no_rows(path: str) -> bool:
+    """Whether a layer is one of several experts: it gets the tokens that were chosen for it, from any row."""
+    return any(part in ("experts", "expert") for part in path.split("."))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.core.ring import Ring
 from weft.core.sites import Site
 from weft.errors import BankError
 
@@ -67,6 +68,8 @@ class Slot(nn.Module):
         assert isinstance(self.start_A, Tensor) and isinstance(self.start_B, Tensor)
         return torch.cat([A, self.start_A.to(A.dtype)], dim=-2), torch.cat([B, -self.start_B.to(B.dtype)], dim=-1)
 
+    by_row = False
+
     @property
     def plain(self) -> bool:
         """No magnitude and no bias: ``scale · B @ A`` is all."""
@@ -75,19 +78,28 @@ class Slot(nn.Module):
 
 @dataclass(eq=False)
 class Placed:
-    """One site of the running model: its slots, and the one that is in use.
+    """One site of the running model, and the slot that is in use.
 
     Attributes:
         site: what `find_sites` said of it.
-        slots: by adapter.
-        active: the slot that the next forward uses; None: the base.
+        ring: says which route is on.
+        active: the slot that a forward without a route uses; None: the base.
         group: sites that share this one's input, see `weft.core.groups`.
     """
 
     site: Site
-    slots: dict[str, Slot] = field(default_factory=dict)
-    active: Slot | None = None
+    ring: Ring
+    active: Any = None
     group: Any = None
+
+    @property
+    def chosen(self) -> Any:
+        """What the next forward of this thread uses: a `Slot`, None (the base), or what a route says by rows."""
+        if self.ring.routed:
+            route = self.ring.current()
+            if route is not None:
+                return route.at(self)
+        return self.active
 
 
 @dataclass(eq=False)
@@ -96,6 +108,7 @@ class State:
 
     Attributes:
         original: the module's own class.
+        path: of the module. ring: says which route is on; None where no adapter has anything of its own.
         sites: sites by the name of the weight (``"weight"``, ``"gate_up_proj"``).
         values: what a property of that name gives instead of the base's parameter; None: the base's.
         whole: copies of the module that are trained whole, by adapter; ``active_whole`` is the one in use.
@@ -103,6 +116,8 @@ class State:
     """
 
     original: type
+    path: str = ""
+    ring: Ring | None = None
     mixins: tuple[type, ...] = ()
     sites: dict[str, Placed] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
@@ -116,14 +131,17 @@ def slot_key(name: str) -> str:
     return name.replace("%", "%25").replace(".", "%2E").replace(":", "%3A")
 
 
-def place(module: nn.Module, mixin: type | None = None, properties: tuple[str, ...] = (), path: str = "") -> State:
+def place(
+    module: nn.Module, mixin: type | None = None, properties: tuple[str, ...] = (), path: str = "", ring: Ring | None = None
+) -> State:  # fmt: skip
     """Give a module weft's state; idempotent, and additive in mixins and properties.
 
     Args:
         module: any module.
         mixin: adds a forward, or None.
         properties: names of parameters that the state may override.
-        path: of the module, for messages.
+        path: of the module.
+        ring: of the bank, where adapters have something of their own here.
 
     Raises:
         BankError: the module's forward was replaced on the object itself by something that would hide ours.
@@ -132,7 +150,8 @@ def place(module: nn.Module, mixin: type | None = None, properties: tuple[str, .
     if state is None or mixin not in state.mixins:
         _check_forward(module, mixin, path)
     if state is None:
-        state = module.__dict__["_weft"] = State(type(module))
+        state = module.__dict__["_weft"] = State(type(module), path)
+    state.ring = ring or state.ring
     if mixin is not None and mixin not in state.mixins:
         state.mixins = (mixin, *state.mixins)
     for name in properties:
@@ -185,6 +204,10 @@ def _override(name: str) -> property:
     def get(self: nn.Module) -> Any:
         state: State = self.__dict__["_weft"]
         value = state.values[name]
+        if state.ring is not None and state.ring.routed:
+            route = state.ring.current()
+            if route is not None:
+                value = route.value_at(self, name)
         base = self._parameters[name]
         if value is None or base is None:
             return base

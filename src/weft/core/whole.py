@@ -7,8 +7,12 @@ import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from weft.core.by_parts import route_of, whole_by_parts
+from weft.core.layers import eagerly
+from weft.core.ring import Ring
 from weft.core.slots import State, place
 from weft.errors import SpecError, some_names
 
@@ -31,8 +35,19 @@ class WholeSite(_Base):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the module takes and gives."""
-        chosen = self._weft.active_whole
-        return super().forward(*args, **kwargs) if chosen is None else chosen(*args, **kwargs)
+        state = self._weft
+        if state.ring is not None and state.ring.routed and torch.compiler.is_compiling():
+            return eagerly(WholeSite.forward, self, *args, **kwargs)
+        route = route_of(state)
+        if route is None:
+            chosen = state.active_whole
+            return super().forward(*args, **kwargs) if chosen is None else chosen(*args, **kwargs)
+        copies = route.whole_at(state)
+        if copies is None:
+            return super().forward(*args, **kwargs)
+        if route.alone() is not None:
+            return copies[0][0][0](*args, **kwargs)
+        return whole_by_parts(route, state, copies, super().forward, args, kwargs)
 
 
 class SequenceSite(_Sequence):
@@ -51,7 +66,7 @@ class SequenceSite(_Sequence):
         return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else list(self)[index]
 
 
-def place_whole(module: nn.Module, path: str) -> State:
+def place_whole(module: nn.Module, path: str, ring: Ring) -> State:
     """Let copies stand in for a module.
 
     Raises:
@@ -63,8 +78,8 @@ def place_whole(module: nn.Module, path: str) -> State:
             f"used. Name what is inside of it: {some_names(f'{path}.{name}' for name in module._modules)}"
         )
     if isinstance(module, nn.Sequential):
-        place(module, SequenceSite, path=path)
-    return place(module, WholeSite, path=path)
+        place(module, SequenceSite, path=path, ring=ring)
+    return place(module, WholeSite, path=path, ring=ring)
 
 
 def copy_whole(module: nn.Module) -> nn.Module:

@@ -1,0 +1,311 @@
+"""Linear sites of a mixed batch: rows of different adapters in one pass, forward and backward.
+
+    y_i[n] = x[n] W_iᵀ + b_i + (x[n] A_i[u]ᵀ ∘ s_i[u]) B_i[u]        u: the unit of row n
+
+A batch is rows of equally many tokens (in a packed batch every token is a row). A `Block` is a set of rows that is computed by
+one batched product: units of equally many rows each, every unit with factors of its own, all of one rank. A batch of one
+rank is one block; ragged ranks are several, so that nobody pays for the largest. Rows in no block get the base alone.
+`reference_blocks` is the slow, obvious form: a loop over the units.
+
+Shapes: N rows, L tokens a row, U units of a block, c rows of a unit, i = d_in, o = d_out, R = sum of the ranks of the sites of a call.
+This module does not know modules, slots or routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weft.core import dropout as dropping
+from weft.core import ops
+
+__all__ = ["Block", "Loaded", "Masks", "reference_blocks", "routed_linears"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Block:
+    """Which rows are computed together, and with what ranks.
+
+    Attributes:
+        rows: (start, stop) of neighbours; indices (U * c,) int64, unit by unit; None: all rows in their order.
+        units: U. count: c.
+        ranks: rank by site of the call, 0 where the units have no factors at it.
+    """
+
+    rows: tuple[int, int] | Tensor | None
+    units: int
+    count: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Loaded:
+    """The factors of a block.
+
+    Attributes:
+        A: (U, R, i), the sites' A above each other.
+        B: by site (U, r, o), transposed; None where the rank is 0.
+        scale: (U, 1, R), or None: it is in B.
+    """
+
+    block: Block
+    A: Tensor
+    B: tuple[Tensor | None, ...]
+    scale: Tensor | None = None
+
+
+Masks = Callable[[Tensor], list[Tensor | None]]
+"""What dropout draws for (T, i): by site positions or a mask, see `weft.core.dropout.draw`; None where nothing is dropped."""
+
+
+def reference_blocks(
+    x: Tensor, bases: Sequence[tuple[Tensor | None, Tensor | None]], blocks: Sequence[Loaded],
+    drawn: Sequence[Tensor | None] = (),
+) -> list[Tensor]:  # fmt: skip
+    """The slow, obvious form: one unit after another, by operations that autograd knows.
+
+    Args:
+        x: (N, L, i).
+        bases: W (o, i) and bias (o,) by site; W None: the update alone.
+        blocks: rows and factors. drawn: by site what dropout drew for (N * L, i), not rescaled.
+
+    Returns:
+        by site (N, L, o).
+    """
+    results = []
+    for site, (W, b) in enumerate(bases):
+        mask = drawn[site] if drawn else None
+        inner = x if mask is None else dropping.drop(x.reshape(-1, x.shape[-1]), mask).view(x.shape)
+        found: dict[int, Tensor] = {}
+        turned = next((B for item in blocks if (B := item.B[site]) is not None), None)
+        assert W is not None or turned is not None
+        width = W.shape[0] if W is not None else turned.shape[2]  # type: ignore[union-attr]
+        for item in blocks:
+            B = item.B[site]
+            if B is None:
+                continue
+            first = sum(item.block.ranks[:site])
+            columns = slice(first, first + item.block.ranks[site])
+            numbers = _numbers(item.block.rows, x.shape[0])
+            for unit in range(item.block.units):
+                for row in numbers[unit * item.block.count : (unit + 1) * item.block.count]:
+                    thin = F.linear(inner[row], item.A[unit, columns])
+                    thin = thin if item.scale is None else thin * item.scale[unit, :, columns]
+                    found[row] = thin @ B[unit]
+        none = x.new_zeros(x.shape[1], width)
+        update = torch.stack([found.get(row, none) for row in range(x.shape[0])])
+        results.append(update if W is None else F.linear(x, W, b) + update)
+    return results
+
+
+def _numbers(rows: tuple[int, int] | Tensor | None, count: int) -> list[int]:
+    if rows is None:
+        return list(range(count))
+    return list(range(*rows)) if isinstance(rows, tuple) else rows.tolist()
+
+
+def routed_linears(
+    x: Tensor, bases: Sequence[tuple[Tensor | None, Tensor | None]], blocks: Sequence[Loaded], masks: Masks | None = None,
+    widths: Sequence[int] = (),
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Several linear maps of one mixed batch.
+
+    Args:
+        x: (N, L, i) in the compute dtype, contiguous.
+        bases: W (o, i) and bias (o,) by site; W None: the update alone.
+        blocks: rows and factors, in the compute dtype. A row is in one block at most.
+        masks: draws dropout, or None. Its rescaling belongs to the factors' scale.
+        widths: o by site.
+
+    Returns:
+        by site (N, L, o).
+    """
+    factors = [tensor for item in blocks for tensor in (item.A, item.scale, *item.B)]
+    given = [tensor for pair in bases for tensor in pair]
+    wants = torch.is_grad_enabled() and (
+        x.requires_grad or any(t is not None and t.requires_grad for t in (*factors, *given))
+    )
+    if wants:
+        meta = (tuple(item.block for item in blocks), tuple(widths), masks)
+        outputs: tuple[Tensor, ...] = _Routed.apply(x, meta, *given, *factors)  # type: ignore[no-untyped-call]
+        return outputs
+    with torch.autocast(x.device.type, enabled=False):
+        drawn = masks(x.view(-1, x.shape[-1])) if masks is not None else []
+        return tuple(forward(x, bases, blocks, widths, drawn)[0])
+
+
+def forward(
+    x: Tensor, bases: Sequence[tuple[Tensor | None, Tensor | None]], blocks: Sequence[Loaded], widths: Sequence[int],
+    drawn: Sequence[Tensor | None],
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """Products without autograd: outputs by site, and the (scaled) thin products (U, c * L, R) by block."""
+    outputs = [
+        F.linear(x, W, b) if W is not None else x.new_zeros(*x.shape[:2], width)
+        for (W, b), width in zip(bases, widths, strict=True)
+    ]
+    thins = []
+    for item in blocks:
+        thin = _thin(x, item, drawn)
+        thins.append(thin)
+        first = 0
+        for out, B, rank in zip(outputs, item.B, item.block.ranks, strict=True):
+            if B is not None:
+                part = thin if rank == thin.shape[2] else thin[:, :, first : first + rank]
+                _add_product(out, item.block, part, B)
+            first += rank
+    return outputs, thins
+
+
+def _thin(x: Tensor, item: Loaded, drawn: Sequence[Tensor | None]) -> Tensor:
+    """(U, c * L, R): x Aᵀ, scaled; each site with its own dropout."""
+    block = item.block
+    if not any(mask is not None for mask in drawn):
+        thin = torch.bmm(units(x, block), item.A.mT)
+    else:
+        flat = x.view(-1, x.shape[-1])
+        parts, first = [], 0
+        for mask, rank in zip(drawn, block.ranks, strict=True):
+            if rank:
+                inner = x if mask is None else dropping.drop(flat, mask).view(x.shape)
+                parts.append(torch.bmm(units(inner, block), item.A[:, first : first + rank].mT))
+            first += rank
+        thin = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return thin if item.scale is None else thin.mul_(item.scale)
+
+
+def units(x: Tensor, block: Block) -> Tensor:
+    """The rows of a block of (N, L, ·), unit by unit: (U, c * L, ·)."""
+    rows = block.rows
+    if rows is None:
+        chosen = x
+    elif isinstance(rows, tuple):
+        chosen = x[rows[0] : rows[1]]
+    else:
+        chosen = x.index_select(0, rows)
+    return chosen.view(block.units, -1, x.shape[2])
+
+
+def _add_product(out: Tensor, block: Block, left: Tensor, right: Tensor) -> None:
+    """Add a batched product (U, c * L, ·) to the block's rows of ``out`` (N, L, ·)."""
+    rows = block.rows
+    if isinstance(rows, Tensor):
+        out.index_add_(0, rows, torch.bmm(left, right).view(-1, *out.shape[1:]))
+        return
+    target = out if rows is None else out[rows[0] : rows[1]]
+    target.view(block.units, -1, out.shape[2]).baddbmm_(left, right)
+
+
+class _Routed(torch.autograd.Function):
+    """`forward` and its backward as autograd wants them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, meta: Any, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        blocks, widths, masks = meta
+        bases, loaded = _unpack(blocks, len(widths), tensors)
+        with torch.autocast(x.device.type, enabled=False):
+            drawn = masks(x.view(-1, x.shape[-1])) if masks is not None else [None] * len(widths)
+            outputs, thins = forward(x, bases, loaded, widths, drawn)
+        ctx.save_for_backward(x, *tensors, *thins, *drawn)
+        ctx.blocks, ctx.widths = blocks, widths
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.spent = True
+        x, *rest = ctx.saved_tensors
+        sites, count = len(ctx.widths), len(rest) - len(ctx.blocks) - len(ctx.widths)
+        tensors, thins, drawn = rest[:count], rest[count : count + len(ctx.blocks)], rest[count + len(ctx.blocks) :]
+        bases, loaded = _unpack(ctx.blocks, sites, tensors)
+        with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                outputs = reference_blocks(x, bases, loaded, drawn)
+                return ops.differentiable(outputs, grads, (x, None, *tensors), ctx.needs_input_grad)
+            return _backward(x, bases, loaded, thins, drawn, grads, ctx.needs_input_grad)
+
+
+def _unpack(blocks: Sequence[Block], sites: int, tensors: Sequence[Tensor | None]) -> tuple[Any, list[Loaded]]:
+    bases = list(zip(tensors[0 : 2 * sites : 2], tensors[1 : 2 * sites : 2], strict=True))
+    loaded, at = [], 2 * sites
+    for block in blocks:
+        A, scale, *B = tensors[at : at + 2 + sites]
+        assert A is not None
+        loaded.append(Loaded(block, A, tuple(B), scale))
+        at += 2 + sites
+    return bases, loaded
+
+
+def _backward(
+    x: Tensor, bases: Sequence[tuple[Tensor | None, Tensor | None]], blocks: Sequence[Loaded], thins: Sequence[Tensor],
+    drawn: Sequence[Tensor | None], grads: Sequence[Tensor | None], needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dX, None, then W, b by site, then A, scale, B… by block."""
+    grads = [None if grad is None else grad.contiguous() for grad in grads]
+    flats = [None if grad is None else grad.view(-1, grad.shape[-1]) for grad in grads]
+    flat = x.view(-1, x.shape[-1])
+    found: list[Tensor | None] = []
+    for site, grad in enumerate(flats):
+        found.append(torch.mm(grad.t(), flat) if needs[2 + 2 * site] and grad is not None else None)
+        found.append(grad.sum(0) if needs[3 + 2 * site] and grad is not None else None)
+    dX = _base_dX(x, bases, flats) if needs[0] else None
+    dropped = [None if mask is None else dropping.drop(flat, mask).view(x.shape) for mask in drawn]
+    for item, thin in zip(blocks, thins, strict=True):
+        found += _block_grads(x, item, thin, grads, dX, drawn, dropped)
+    return (dX, None, *found)
+
+
+def _base_dX(x: Tensor, bases: Sequence[tuple[Tensor | None, Tensor | None]], flats: Sequence[Tensor | None]) -> Tensor:
+    total: Tensor | None = None
+    for (W, _), grad in zip(bases, flats, strict=True):
+        if grad is not None and W is not None:
+            total = torch.mm(grad, W) if total is None else total.addmm_(grad, W)
+    return torch.zeros_like(x) if total is None else total.view(x.shape)
+
+
+def _block_grads(
+    x: Tensor, item: Loaded, thin: Tensor, grads: Sequence[Tensor | None], dX: Tensor | None,
+    drawn: Sequence[Tensor | None], dropped: Sequence[Tensor | None],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients of A, scale (None: it is a constant) and the B's of a block; its part of dX is added."""
+    block = item.block
+    inner = torch.empty_like(thin)
+    dB: list[Tensor | None] = []
+    first = 0
+    for grad, B, rank in zip(grads, item.B, block.ranks, strict=True):
+        columns = slice(first, first + rank)
+        first += rank
+        if B is None:
+            dB.append(None)
+        elif grad is None:
+            inner[:, :, columns] = 0
+            dB.append(None)
+        else:
+            mine = units(grad, block)
+            inner[:, :, columns] = torch.bmm(mine, B.mT)
+            dB.append(torch.bmm(thin[:, :, columns].mT, mine))
+    if item.scale is not None:
+        inner.mul_(item.scale)
+    if all(mask is None for mask in drawn):
+        if dX is not None:
+            _add_product(dX, block, inner, item.A)
+        return [torch.bmm(inner.mT, units(x, block)), None, *dB]
+    dA = torch.empty_like(item.A)
+    first = 0
+    for mask, without, rank in zip(drawn, dropped, block.ranks, strict=True):
+        columns = slice(first, first + rank)
+        first += rank
+        if not rank:
+            continue
+        dA[:, columns] = torch.bmm(inner[:, :, columns].mT, units(x if without is None else without, block))
+        if dX is not None and mask is None:
+            _add_product(dX, block, inner[:, :, columns], item.A[:, columns])
+        elif dX is not None and mask is not None:
+            own = torch.zeros_like(x)
+            _add_product(own, block, inner[:, :, columns], item.A[:, columns])
+            dX += dropping.drop_(own.view(-1, x.shape[-1]), mask).view(x.shape)
+    return [dA, None, *dB]

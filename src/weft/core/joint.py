@@ -1,0 +1,337 @@
+"""Linear sites under a route: the factors of a batch's rows, gathered once, for one site or for several that share their input.
+
+A `Joint` knows which rows are computed together (`Block`) and with which slots. Factors that can't change are gathered when they are
+first needed and kept for the life of the route; those in training are read anew in every forward, as autograd wants them.
+This module does not know where a route comes from.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from weft.core import dropout as dropping
+from weft.core import ops
+from weft.core.adapted import is_ours, magnitude_factor
+from weft.core.blocks import Block, Loaded, routed_linears
+from weft.core.leaves import PoolSlot
+from weft.core.members import FixedSlot
+from weft.core.routes import Route, Rows
+from weft.core.slots import Placed
+from weft.errors import BankError
+
+__all__ = ["Joint", "joint_of", "run"]
+
+MOST_BLOCKS = 4
+"""Rows of one adapter are put together while that makes no more blocks than this; beyond it every row is a unit of its own."""
+
+
+class Joint:
+    """Sites that get one input, under one route.
+
+    Attributes:
+        sites: `Rows` by site; None where the route says nothing.
+    """
+
+    def __init__(self, route: Route, members: Sequence[tuple[nn.Module, Placed]]) -> None:
+        self.route, self.members = route, members
+        found = [route.at(placed) for _, placed in members]
+        self.sites: list[Rows | None] = [item if isinstance(item, Rows) else None for item in found]
+        self.simple = [
+            site is None or (site.simple and _is_plain(module, placed))
+            for site, (module, placed) in zip(self.sites, members, strict=True)
+        ]
+        self.widths = [placed.site.d_out for _, placed in members]
+        self.fixed = all(site is None or site.fixed for site in self.sites)
+        self.plans = [(block, parts) for block, parts in self._plan()]
+        self._kept: dict[tuple[torch.dtype, torch.device], list[Loaded]] = {}
+
+    def run(self, x: Tensor) -> list[Tensor]:
+        """The outputs by site: (..., d_in) -> (..., d_out)."""
+        lead, path = tuple(x.shape[:-1]), self.members[0][1].site.path
+        count, length = self.route.view(lead, path)
+        x = x.to(ops.compute_dtype(x))
+        rows = (
+            x if x.dim() == 3 and x.shape[0] == count and x.is_contiguous() else x.reshape(count, length, x.shape[-1])
+        )
+        bases = [
+            _base(module, placed, x.dtype) if simple else (None, None)
+            for simple, (module, placed) in zip(self.simple, self.members, strict=True)
+        ]
+        dropped = self._dropped()
+        masks = None if dropped is None else lambda flat: self._masks(flat, length, dropped)
+        found = routed_linears(rows, bases, self._loaded(x, dropped), masks, self.widths)
+        outputs = []
+        for number, update in enumerate(found):
+            out = update if self.simple[number] else self._around(number, rows, update)
+            outputs.append(out if rows is x else ops.shaped_like(x, out.reshape(-1, out.shape[-1])))
+        return outputs
+
+    # which rows together
+
+    def _plan(self) -> list[tuple[Block, list[int]]]:
+        route = self.route
+        ranks = [
+            tuple(0 if site is None else sum(_rank(slot) for slot, _ in site.terms[part]) for site in self.sites)
+            for part in range(len(route.parts))
+        ]
+        keys = [key if key >= 0 and any(ranks[key]) else -1 for key in route.keys]
+        if route.lengths is not None and not route.even:
+            return _segments(keys, route.lengths, ranks)
+        return _together(keys, ranks)
+
+    # factors
+
+    def _loaded(self, x: Tensor, dropped: list[list[float]] | None) -> list[Loaded]:
+        if not self.fixed or dropped is not None:
+            return [self._load(block, parts, x, dropped, fold=False) for block, parts in self.plans]
+        key = (x.dtype, x.device)
+        if key not in self._kept:
+            with torch.no_grad():
+                self._kept[key] = [self._load(block, parts, x, None, fold=True) for block, parts in self.plans]
+        return self._kept[key]
+
+    def _load(self, block: Block, parts: list[int], x: Tensor, dropped: list[list[float]] | None, fold: bool) -> Loaded:
+        """Gather one block. With ``fold`` scales and weights go into B."""
+        A: list[Tensor] = []
+        stacked: list[Tensor | None] = []
+        scales: list[list[float]] = [[] for _ in parts]
+        for number, (site, rank) in enumerate(zip(self.sites, block.ranks, strict=True)):
+            if site is None or not rank:
+                stacked.append(None)
+                continue
+            units = [site.terms[part] for part in parts]
+            a, b = _stack([slot for terms in units for slot, _ in terms])
+            A.append(a.to(x).view(block.units, rank, -1))
+            b = b.to(x).view(block.units, rank, -1)
+            stacked.append(b if site.simple else self._turned(number, units, b))
+            for lines, part, terms in zip(scales, parts, units, strict=True):
+                kept = 1.0 if dropped is None else 1 - dropped[number][part]
+                for slot, weight in terms:
+                    lines += [slot.scale * weight / kept] * _rank(slot)
+        whole = A[0] if len(A) == 1 else torch.cat(A, dim=1)
+        if all(value == 1 for of_unit in scales for value in of_unit):
+            return Loaded(block, whole, tuple(stacked))
+        factors = torch.tensor(scales, dtype=x.dtype, device=x.device)
+        if not fold:
+            return Loaded(block, whole, tuple(stacked), factors.unsqueeze(1))
+        pairs = zip(stacked, torch.split(factors, list(block.ranks), dim=1), strict=True)
+        return Loaded(block, whole, tuple(None if b is None else b * mine.unsqueeze(2) for b, mine in pairs))
+
+    def _turned(self, number: int, units: list[Any], B: Tensor) -> Tensor:
+        """B (U, r, o) with the factors of DoRA's magnitudes."""
+        module, placed = self.members[number]
+        if all(slot.magnitude is None for terms in units for slot, _ in terms):
+            return B
+        weight = _weight(module, placed)
+        lines = []
+        for slot in (slot for terms in units for slot, _ in terms):
+            own = weight.new_ones(()) if slot.magnitude is None else magnitude_factor(placed, slot, weight)
+            lines.append(own.to(B.dtype).expand(_rank(slot), B.shape[2]))
+        return B * torch.cat(lines).view(B.shape)
+
+    # dropout
+
+    def _dropped(self) -> list[list[float]] | None:
+        """Probabilities by site and part; None: nothing is dropped."""
+        found, some = [], False
+        for site, (module, placed) in zip(self.sites, self.members, strict=True):
+            values = []
+            for terms in () if site is None else site.terms:
+                of_part = {slot.dropout for slot, _ in terms} if module.training else set()
+                if len(of_part) > 1:
+                    raise BankError(
+                        f"{placed.site.path!r}: a mixture of adapters with different dropout {sorted(of_part)} can't be trained"
+                    )
+                values.append(of_part.pop() if of_part else 0.0)
+            some = some or any(values)
+            found.append(values)
+        return found if some else None
+
+    def _masks(self, flat: Tensor, length: int, dropped: list[list[float]]) -> list[Tensor | None]:
+        route = self.route
+        if route.lengths is not None:
+            lengths: Sequence[int] = route.lengths
+        else:
+            lengths = [length] * len(route.keys)
+        found = []
+        for values, (_, placed) in zip(dropped, self.members, strict=True):
+            ps = [values[key] if key >= 0 and values else 0.0 for key in route.keys]
+            seeds = route.seeds or [None] * len(ps)
+            mine = [None if seed is None else stream(seed, placed.site.path) for seed in seeds]
+            found.append(dropping.draw_rows(flat, lengths, ps, mine))
+        return found
+
+    # what stands around an update: DoRA's magnitudes, biases, products that aren't ours
+
+    def _around(self, number: int, rows: Tensor, update: Tensor) -> Tensor:
+        site, (module, placed) = self.sites[number], self.members[number]
+        assert site is not None
+        bias = _bias(module, placed)
+        if _is_plain(module, placed):
+            base = F.linear(rows, _weight(module, placed).to(rows.dtype))
+        else:
+            base = _own_forward(module, rows)
+            base = base if bias is None else base - bias.to(base.dtype)
+        factor, extra = self._by_part(site, number, base.dtype)
+        keys = torch.tensor(self.route.row_keys(rows.shape[0]), device=rows.device) + 1
+        out = base if factor is None else base * factor.index_select(0, keys).unsqueeze(1)
+        out = out + update.to(out.dtype)
+        out = out if bias is None else out + bias.to(out.dtype)
+        return out if extra is None else out + extra.index_select(0, keys).unsqueeze(1)
+
+    def _by_part(self, site: Rows, number: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """Factor of the base's product and what is added in the end, by part: (1 + parts, d_out); the first line is the base's."""
+        module, placed = self.members[number]
+        weight = _weight(module, placed)
+        bias = _bias(module, placed)
+        one = torch.ones(self.widths[number], dtype=dtype, device=weight.device)
+        factors, extras, scaled, shifted = [one], [one * 0], False, False
+        for terms, biases in zip(site.terms, site.biases, strict=True):
+            factor, extra = one, one * 0
+            for slot, share in terms:
+                own = one if slot.magnitude is None else magnitude_factor(placed, slot, weight).to(dtype)
+                if slot.magnitude is not None:
+                    factor, scaled = factor + share * (own - 1), True
+                if slot.bias is not None:
+                    extra, shifted = extra + share * slot.scale * own * slot.bias.to(dtype), True
+            for value, share in biases:
+                extra = extra + share * (value.to(dtype) - (0 if bias is None else bias.to(dtype)))
+                shifted = True
+            factors.append(factor)
+            extras.append(extra)
+        return torch.stack(factors) if scaled else None, torch.stack(extras) if shifted else None
+
+
+def joint_of(route: Route, key: Any, members: Sequence[tuple[nn.Module, Placed]]) -> Joint:
+    """The joint of some sites under a route; made once."""
+    found: Joint | None = route.joints.get(key)
+    if found is None:
+        found = route.joints[key] = Joint(route, members)
+    return found
+
+
+def run(module: nn.Module, placed: Placed, rows: Rows, x: Tensor) -> Tensor:
+    """One linear site of a mixed batch: (..., d_in) -> (..., d_out)."""
+    return joint_of(rows.route, placed, [(module, placed)]).run(x)[0]
+
+
+def stream(seed: int, path: str) -> int:
+    """A seed of its own for each site: 32 mixed bits.
+
+    Source:
+        Steele, Lea and Flood 2014, Fast splittable pseudorandom number generators (the finaliser of SplitMix64).
+    """
+    z = (seed + 0x9E3779B97F4A7C15 * (1 + zlib.crc32(path.encode()))) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (z ^ (z >> 31)) & (2**32 - 1)
+
+
+def _together(keys: list[int], ranks: list[tuple[int, ...]]) -> list[tuple[Block, list[int]]]:
+    """Blocks of rows of equal length: by number of rows and ranks."""
+    rows: dict[int, list[int]] = {}
+    for row, key in enumerate(keys):
+        if key >= 0:
+            rows.setdefault(key, []).append(row)
+    classes: dict[Any, list[tuple[int, list[int]]]] = {}
+    for part, mine in rows.items():
+        classes.setdefault((len(mine), ranks[part]), []).append((part, mine))
+    if len(classes) > MOST_BLOCKS:
+        classes = {}
+        for row, key in enumerate(keys):
+            if key >= 0:
+                classes.setdefault((1, ranks[key]), []).append((key, [row]))
+    plans = []
+    for (count, of_site), items in classes.items():
+        order = [row for _, mine in items for row in mine]
+        plans.append((Block(_compact(order, len(keys)), len(items), count, of_site), [part for part, _ in items]))
+    return plans
+
+
+def _segments(keys: list[int], lengths: Sequence[int], ranks: list[tuple[int, ...]]) -> list[tuple[Block, list[int]]]:
+    """Blocks of packed tokens: neighbouring segments of equal length and ranks are one block."""
+    runs: list[list[int]] = []  # part, start, length
+    at = 0
+    for key, length in zip(keys, lengths, strict=True):
+        if length and key >= 0:
+            if runs and runs[-1][0] == key and runs[-1][1] + runs[-1][2] == at:
+                runs[-1][2] += length
+            else:
+                runs.append([key, at, length])
+        at += length
+    plans: list[tuple[Block, list[int]]] = []
+    groups: list[list[list[int]]] = []
+    for run_ in runs:
+        last = groups[-1][-1] if groups else None
+        if last and last[1] + last[2] == run_[1] and last[2] == run_[2] and ranks[last[0]] == ranks[run_[0]]:
+            groups[-1].append(run_)
+        else:
+            groups.append([run_])
+    for group in groups:
+        start, count = group[0][1], group[0][2]
+        stop = start + count * len(group)
+        rows = None if (start, stop) == (0, at) else (start, stop)
+        plans.append((Block(rows, len(group), count, ranks[group[0][0]]), [part for part, _, _ in group]))
+    return plans
+
+
+def _compact(order: list[int], count: int) -> tuple[int, int] | Tensor | None:
+    if order == list(range(count)):
+        return None
+    if order == list(range(order[0], order[0] + len(order))):
+        return order[0], order[0] + len(order)
+    return torch.tensor(order)
+
+
+def _stack(slots: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """All A (R, d_in) and all B, transposed (R, d_out), of some slots at one site."""
+    first = slots[0]
+    if isinstance(first, PoolSlot) and all(
+        isinstance(slot, PoolSlot) and slot.pool is first.pool and slot.start_A is None for slot in slots
+    ):
+        first.pool.settle()
+        names = tuple(slot.name for slot in slots)
+        return first.leaves["A"].gather(names), first.leaves["B"].gather(names)
+    if all(isinstance(slot, FixedSlot) for slot in slots):
+        return torch.cat([slot.lora_A for slot in slots]), torch.cat([slot.turned for slot in slots])
+    pairs = [slot.pair() for slot in slots]
+    return torch.cat([A for A, _ in pairs]), torch.cat([B.t() for _, B in pairs])
+
+
+def _rank(slot: Any) -> int:
+    if isinstance(slot, PoolSlot):
+        return slot.rank if slot.start_A is None else slot.rank + int(slot.start_A.shape[0])
+    rank = int(slot.lora_A.shape[0])
+    return rank if slot.start_A is None else rank + int(slot.start_A.shape[0])
+
+
+def _weight(module: nn.Module, placed: Placed) -> Tensor:
+    weight: Any = getattr(module, placed.site.weight_name)
+    weight = weight.dequantize() if hasattr(weight, "dequantize") and not _is_plain(module, placed) else weight
+    return weight.t() if placed.site.transposed else weight  # type: ignore[no-any-return]
+
+
+def _bias(module: nn.Module, placed: Placed) -> Tensor | None:
+    name = placed.site.weight_name
+    return module._parameters.get("bias" if name == "weight" else f"{name.removesuffix('_weight')}_bias")
+
+
+def _is_plain(module: nn.Module, placed: Placed) -> bool:
+    """Whether the base's output is one plain product of its weight: an attention's in_proj is, a quantised layer's isn't."""
+    return placed.site.kind == "attention" or is_ours(module, placed)
+
+
+def _base(module: nn.Module, placed: Placed, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    bias = _bias(module, placed)
+    return _weight(module, placed).to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _own_forward(module: nn.Module, x: Tensor) -> Tensor:
+    result: Tensor = module.__dict__["_weft"].original.forward(module, x)
+    return result
