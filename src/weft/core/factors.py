@@ -186,7 +186,7 @@ def concat(parts: list[tuple[Factors, float]]) -> Factors:
             [torch.arange(part.rank, device=A.device) // (part.rank // first.groups) for part, _ in parts]
         )
         order = torch.argsort(ranks, stable=True)
-        A, B = A[order], B[:, order]
+        A, B = A[order], B[:, order] + 0.0  # a negative weight makes -0.0 beside the blocks
     return replace(first, A=A, B=B, scale=1.0, bias=bias)
 
 

@@ -127,6 +127,7 @@ def test_concat_of_grouped_convolutions_stays_block_diagonal() -> None:
     total = concat([(one, 0.5), (two, -2.0)])
     assert_close(total.delta(), 0.5 * one.delta() - 2 * two.delta())
     assert_close(spread_groups(compact_groups(total.B, 2), 2), total.B)
+    assert not (torch.signbit(total.B) & (total.B == 0)).any(), "a file gives back the same bytes"
 
 
 def test_what_does_not_add_is_refused() -> None:
