@@ -82,9 +82,7 @@ class Judge:
 
     def judged(self, mixture: Mixture, job: Job, progress: bool | None) -> Mixture:
         """The mixture, with the losses of base, parents, exact sum and itself in its report."""
-        plain = (
-            job.method.name in ("exact", "layerwise") and not job.options.limit and job.options.scaling in (None, 1.0)
-        )
+        plain = job.is_plain_sum
         steps = len(job.live) + (2 if plain else 3)
         with counter("losses", steps, progress) as tick:
             found: dict[str, float] = {}

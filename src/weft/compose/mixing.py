@@ -188,6 +188,12 @@ class Job:
         """The parents that have a part in it."""
         return tuple(parent for parent in self.parents if not parent.is_idle)
 
+    @property
+    def is_plain_sum(self) -> bool:
+        """Whether the exact sum is asked for, as it is."""
+        plain = self.method.name in ("exact", "layerwise", "task_arithmetic")
+        return plain and not self.options.limit and self.options.scaling in (None, 1.0)
+
     def weighted(self, weights: Sequence[Weight], method: Method | None = None, options: Options | None = None) -> Job:
         """The same with other weights, or another method."""
         parents = tuple(dataclasses.replace(p, weight=w) for p, w in zip(self.parents, weights, strict=True))
@@ -227,6 +233,9 @@ def mix(job: Job, progress: bool | None = False) -> Mixture:
     live = job.live
     if not live:
         raise MixError("all weights are 0: nothing is left to mix")
+    if not job.is_plain_sum:
+        for parent in live:
+            parent.adapter.check_finite()
     modules, notes = mix_modules(live, job.whole)
     biases, more = mix_biases(live, job.whole, job.ground)
     as_dora = (
@@ -300,9 +309,7 @@ def _facts_of(item: Factors) -> tuple[Any, ...]:
 
 def _passes(found: Sequence[tuple[Parent, Factors, float]], job: Job) -> bool:
     """Whether a site is taken over as it is: one update, whole, with weight 1."""
-    return len(found) == 1 and found[0][2] == 1.0 and job.method.name in ("exact", "layerwise") and not job.options.limit and (
-        job.options.scaling in (None, 1.0)
-    )  # fmt: skip
+    return len(found) == 1 and found[0][2] == 1.0 and job.is_plain_sum
 
 
 def _site(path: str, entries: Sequence[Entry], job: Job, as_dora: bool) -> tuple[Factors, SiteMix]:

@@ -7,6 +7,7 @@ of them; from the best of them CMA-ES goes on.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -120,7 +121,9 @@ def minimise(
 
 
 def _strategy(start: Any, seed: int) -> Any:
-    import cma  # type: ignore[import-untyped]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it can't plot
+        import cma  # type: ignore[import-untyped]
 
     stream = np.random.default_rng(seed)
     settings = {

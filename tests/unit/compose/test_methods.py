@@ -44,7 +44,7 @@ def trimmed(update: Tensor, density: float) -> Tensor:
 
 def elected(parts: list[Tensor], weights: tuple[float, ...]) -> Tensor:
     """TIES, element by element."""
-    found = torch.zeros_like(parts[0])
+    found = torch.zeros(parts[0].shape, dtype=parts[0].dtype)
     for index in range(found.numel()):
         values = [(float(part.reshape(-1)[index]), weight) for part, weight in zip(parts, weights, strict=True)]
         sign = sum(value * weight for value, weight in values)
@@ -160,7 +160,7 @@ def test_knots_by_the_dense_matrices(adapters: list[Adapter], inner: str) -> Non
     path = "model.layers.1.mlp.up_proj"
     parts = updates(adapters, path)
     U, S, Vh = torch.linalg.svd(torch.cat(parts, dim=1), full_matrices=False)
-    real = int((S > 1e-9 * S[0]).sum())
+    real = int((S / S[0] > 1e-9).sum())
     aligned = list(Vh[:real].split(parts[0].shape[1], dim=1))
     if inner == "ties":
         aligned = [trimmed(V, 0.4) for V in aligned]
