@@ -182,7 +182,11 @@ def _ends_with(pattern: str, path: str) -> bool:
 
 
 def _first_match(patterns: Mapping[str, float], path: str, default: float) -> float:
-    return next((value for pattern, value in patterns.items() if _ends_with(pattern, path)), default)
+    return (
+        next((value for pattern, value in patterns.items() if _ends_with(pattern, path)), default)
+        if patterns
+        else default
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -48,6 +48,12 @@ class Surroundings:
         self._guarded: list[tuple[nn.Module, str, Any]] = []
         self._handles: list[RemovableHandle] = []
         self._norms: list[nn.Module] = []
+        self._fused = [
+            (path, module, flag)
+            for path, module in model.named_modules()
+            for kind, flag in _FUSED
+            if isinstance(module, kind)
+        ]
 
     def freeze(self) -> None:
         """Freeze the base, once; later calls find it frozen."""
@@ -68,15 +74,11 @@ class Surroundings:
         """Close the fast path of encoders and encoder layers that hold one of these sites."""
         paths = list(owners)
         guarded = {id(module) for module, _, _ in self._guarded}
-        for path, module in self.model.named_modules():
+        for path, module, flag in self._fused:
             inside = f"{path}." if path else ""
-            for kind, flag in (
-                (nn.TransformerEncoderLayer, "activation_relu_or_gelu"),
-                (nn.TransformerEncoder, "use_nested_tensor"),
-            ):
-                if isinstance(module, kind) and id(module) not in guarded and any(o.startswith(inside) for o in paths):
-                    self._guarded.append((module, flag, getattr(module, flag)))
-                    setattr(module, flag, 0)
+            if id(module) not in guarded and any(owner.startswith(inside) for owner in paths):
+                self._guarded.append((module, flag, getattr(module, flag)))
+                setattr(module, flag, 0)
 
     def restore(self) -> None:
         """Give everything back."""
@@ -104,6 +106,12 @@ class Surroundings:
                 return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
         return False
 
+
+_FUSED = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu"),
+    (nn.TransformerEncoder, "use_nested_tensor"),
+)
+"""Modules with a fused inference path, and the attribute that closes it."""
 
 _NORM_FORWARDS = (
     nn.modules.batchnorm._BatchNorm.forward,
