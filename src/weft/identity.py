@@ -22,7 +22,7 @@ SAMPLE_ABOVE = 1 << 31
 treated alike at every precision."""
 
 _SAMPLE_BYTES = 1 << 20
-_VOLATILE = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures",
+_VOLATILE = frozenset({"_name_or_path", "pad_token_id", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures",
                        "_attn_implementation_autoset", "_attn_implementation", "attn_implementation", "_commit_hash"})  # fmt: skip
 
 
