@@ -18,6 +18,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from weft import sources
+
 if TYPE_CHECKING:
     from weft.adapter import Adapter, Provenance
     from weft.compose import combine, compare, shrink
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from weft.models.attach import attach
     from weft.models.load import load_base
     from weft.spec import LoraSpec
+    from weft.store import Store
     from weft.train import Evaluation, Recipe, Run, evaluate, generate, prove, stream, train
 
 __version__ = "0.1.0"
@@ -45,6 +48,7 @@ __all__ = [
     "Provenance",
     "Recipe",
     "Run",
+    "Store",
     "WeftError",
     "__version__",
     "attach",
@@ -74,6 +78,7 @@ _HOME = {
     "Provenance": "weft.adapter",
     "Recipe": "weft.train",
     "Run": "weft.train",
+    "Store": "weft.store",
     "WeftError": "weft.errors",
     "attach": "weft.models.attach",
     "combine": "weft.compose",
@@ -91,6 +96,8 @@ _HOME = {
     "train": "weft.train",
     "train_many": "weft.many",
 }
+
+sources.register("weft.store.finder:find")  # what formats can't know: the store stands above them
 
 
 def __getattr__(name: str) -> Any:

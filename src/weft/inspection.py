@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weft import sources
 from weft.adapter import Adapter
 from weft.core.factors import Factors
 from weft.errors import FormatError
@@ -134,7 +135,7 @@ def inspect_adapter(path: str | os.PathLike[str]) -> Inspection:
     """Read an adapter and compute what there is to know of it without its base.
 
     Args:
-        path: a directory, a file, or a run folder.
+        path: a directory, a file, a run folder, or a name in the store.
 
     Raises:
         FormatError: it can't be read as an adapter.
@@ -151,8 +152,10 @@ def inspect_adapter(path: str | os.PathLike[str]) -> Inspection:
         adapter = load(path)
     adapter.check_finite()
     sites = tuple(_facts(name, factors) for name, factors in adapter.factors.items())
+    named = None if os.path.lexists(place) else sources.find(path, is_path=False)
+    files = _files(place) if named is None else dict(named.files)
     return Inspection(
-        os.fspath(path), adapter, sites, _files(place), run.report if run else None, _warnings(adapter, sites)
+        os.fspath(path), adapter, sites, files, run.report if run else None, _warnings(adapter, sites)
     )
 
 

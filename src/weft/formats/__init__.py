@@ -17,6 +17,7 @@ from pathlib import Path
 
 from torch import nn
 
+from weft import sources
 from weft.adapter import Adapter
 from weft.errors import FormatError, did_you_mean, some_names
 from weft.formats import hub, peft
@@ -48,7 +49,8 @@ def load(
 
     Args:
         source: a directory of PEFT or weft; a run folder (its ``adapter/`` is taken); a file of diffusers, kohya or loralib; or a hub id
-            ``"org/name"``, of which only the adapter's files are fetched.
+            ``"org/name"``, of which only the adapter's files are fetched; or a name in the store (``"medical"``, ``"medical@3"``,
+            ``"medical@prod"``, the first digits of a digest), if no path is called so.
         allow_partial: leave out what is incomplete or belongs to nothing, with a note, in place of an error.
         base: the model that it is for. Needed only where the file doesn't say enough: kohya's flattened names are fitted to its paths, PEFT's
             PiSSA and OLoRA are counted from it, and updates of single experts are stacked where it stacks its experts.
@@ -73,11 +75,15 @@ def load(
     """
     commit = None
     place = path_of(source)
+    named = sources.find(source, is_path=os.path.lexists(place))
+    if named is not None and named.load is not None and revision is None:
+        adapter = named.load()
+        return adapter if base is None else stack_experts(adapter, base)
     if not os.path.lexists(place) and hub.is_hub_id(source):
         place, commit = hub.fetch(os.fspath(source), revision)
     elif revision is not None:
         raise FormatError(f"revision={revision!r} is for hub ids, and this is a path; leave it out", path=source)
-    found = _find(place)
+    found = _find(place, named.hint if named is not None else "")
     if found.is_dir():
         adapter = peft.read(found, allow_partial=allow_partial, base=base)
         adapter = adapter if base is None else stack_experts(adapter, base)
@@ -96,8 +102,8 @@ def _noted(adapter: Adapter, note: str) -> Adapter:
     return adapter.replace(provenance=provenance)
 
 
-def _find(place: Path) -> Path:
-    """The adapter directory, or the single file, that a path means.
+def _find(place: Path, hint: str = "") -> Path:
+    """The adapter directory, or the single file, that a path means; ``hint``: where else it was looked for.
 
     Raises:
         FormatError: neither; says what is there.
@@ -111,7 +117,8 @@ def _find(place: Path) -> Path:
             if above == place.absolute().parent
             else ""
         )
-        raise FormatError(f"no such file or directory.{near} {above} holds {listing(above)}", path=place)
+        elsewhere = f", {hint}" if hint else ""
+        raise FormatError(f"no such file or directory{elsewhere}.{near} {above} holds {listing(above)}", path=place)
     if place.name in peft.OWNED and peft.is_adapter(place.parent):
         return place.parent
     if place.suffix not in _SINGLE:

@@ -23,7 +23,7 @@ from weft.errors import FormatError, SpecError
 from weft.formats.checks import is_number, read_json, shortened
 from weft.spec import LoraSpec
 
-__all__ = ["RECORD", "Record", "SiteRecord", "config_hash", "read_record"]
+__all__ = ["RECORD", "Record", "SiteRecord", "config_hash", "plain", "read_record"]
 
 RECORD = "weft.json"
 VERSION = 1
@@ -134,7 +134,7 @@ class Record:
             "modules": self.modules,
             "biases": self.biases,
         }
-        text = json.dumps(_plain(said), indent=1, ensure_ascii=False, allow_nan=False, default=str)
+        text = json.dumps(plain(said), indent=1, ensure_ascii=False, allow_nan=False, default=str)
         sites = ",\n  ".join(json.dumps(asdict(site), allow_nan=False) for site in self.sites)
         return f'{text[:-2]},\n "sites": [\n  {sites}\n ]\n}}\n'  # a line a site: files that people can read
 
@@ -144,12 +144,12 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Finite numbers and plain containers: what a recipe or an evaluation may hold beside, as text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

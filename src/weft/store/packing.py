@@ -1,0 +1,124 @@
+"""An adapter as a blob, and a blob as an adapter.
+
+The blob has what is in the digest, in PEFT's layout, and the proof. Where an adapter comes from differs from version to version
+and from owner to owner: a provenance stands beside, under the hash of its content, and is put back by `unpack`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from weft.adapter import Adapter, Provenance
+from weft.errors import DamagedError, FormatError, StoreError, UnsupportedError
+from weft.formats import peft
+from weft.formats.checks import parse_object
+from weft.formats.record import plain
+from weft.formats.tensor_files import sha256_of
+from weft.identity import digest_of
+from weft.store.blobs import FileFacts, disk_problem
+
+__all__ = ["MAX_PROVENANCE", "address_of", "pack", "pack_provenance", "unpack", "unpack_provenance"]
+
+MAX_PROVENANCE = 16 << 20
+
+
+def address_of(adapter: Adapter) -> str:
+    """The name of the adapter's blob: its digest, and sixteen digits of its proof's where there is one."""
+    return f"{adapter.digest}-{digest_of(adapter.proof, {})[:16]}" if adapter.proof else adapter.digest
+
+
+def pack(adapter: Adapter, folder: Path) -> dict[str, FileFacts]:
+    """Write an adapter into a new directory, onto the disk; gives its files.
+
+    What PEFT's files can't hold is written in the layout that weft alone reads.
+
+    Raises:
+        NotFiniteError: NaN or infinity in it.
+        StoreError: the disk is full, or can't be written.
+    """
+    base = adapter.provenance.base
+    shared = adapter.replace(
+        provenance=Provenance(base=base, base_name=adapter.provenance.base_name if base is None else None)
+    )
+    shared.__dict__["digest"] = adapter.digest  # the digest counts nothing else of the provenance
+    try:
+        try:
+            peft.write(shared, folder)
+        except UnsupportedError:
+            peft.write(shared, folder, for_peft=False)
+    except FormatError as problem:
+        if isinstance(problem.__cause__, OSError):
+            raise disk_problem(problem.__cause__, str(folder.parent)) from problem
+        raise
+    said = json.loads((folder / "weft.json").read_bytes())["files"]
+    found = {}
+    for path in folder.iterdir():
+        known = said.get(path.name) if path.suffix == ".safetensors" else None  # hashed when it was written
+        found[path.name] = FileFacts(path.stat().st_size, known or sha256_of(path))
+    return found
+
+
+def unpack(folder: Path, digest: str, provenance: Provenance) -> Adapter:
+    """The adapter in a blob's directory, its digest verified, with a version's provenance.
+
+    Raises:
+        DamagedError: it is not the adapter of this digest.
+    """
+    try:
+        adapter = peft.read(folder)
+    except FormatError as problem:
+        raise DamagedError(f"the store's copy of {digest[:12]} is damaged: {problem}") from problem
+    if adapter.digest != digest:
+        raise DamagedError(
+            f"{folder}: the adapter in it has the digest {adapter.digest[:12]}, expected {digest[:12]}; put it again"
+        )
+    whole = adapter.replace(provenance=provenance)
+    if provenance.base == adapter.provenance.base:
+        whole.__dict__["digest"] = adapter.digest
+    elif whole.digest != digest:
+        raise DamagedError(f"the store's provenance of {digest[:12]} names another base than its adapter; put it again")
+    return whole
+
+
+def pack_provenance(provenance: Provenance) -> tuple[str, bytes]:
+    """A provenance's name in the blob, by its content, and its bytes.
+
+    Raises:
+        StoreError: it is too large.
+    """
+    data = json.dumps(
+        plain(provenance.to_dict()), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False, default=str
+    ).encode("utf-8", "replace")
+    if len(data) > MAX_PROVENANCE:
+        raise StoreError(f"the adapter's provenance has {len(data):,} bytes; at most {MAX_PROVENANCE:,} are kept")
+    return hashlib.sha256(data).hexdigest(), data
+
+
+def unpack_provenance(data: bytes, name: str, where: str) -> Provenance:
+    """The inverse of `pack_provenance`.
+
+    Raises:
+        DamagedError: the bytes are not those of this name.
+    """
+    if hashlib.sha256(data).hexdigest() != name:
+        raise DamagedError(
+            f"{where}: provenance/{name}.json was changed since the store wrote it; put the adapter again"
+        )
+    return provenance_of(parse_object(data, lambda message, key: FormatError(message, path=where, key=key)), where)
+
+
+def provenance_of(values: dict[str, Any], where: str) -> Provenance:
+    """A provenance from plain data.
+
+    Raises:
+        FormatError: it is none.
+    """
+    try:
+        return Provenance.from_dict(values)
+    except (TypeError, ValueError, AttributeError, KeyError) as problem:
+        raise FormatError(
+            f"no provenance of an adapter ({type(problem).__name__}: {str(problem)[:100]})", path=where
+        ) from None

@@ -1,0 +1,188 @@
+"""Filters as SQL: every value is a bound parameter, every field one that is listed here or a metric's or tag's name.
+
+This module knows the tables; it runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy import ColumnElement
+
+from weft.errors import StoreError
+from weft.store import tables as t
+from weft.store.names import check_name
+from weft.store.predicates import And, Comparison, Condition, Not, parse_condition
+from weft.store.records import checked_tags
+
+__all__ = ["FIELDS", "Filter", "matching"]
+
+FIELDS: dict[str, Any] = {
+    "name": t.names.c.name,
+    "version": t.versions.c.number,
+    "digest": t.versions.c.digest,
+    "base": t.versions.c.base,
+    "base_name": t.versions.c.base_name,
+    "architecture": t.versions.c.architecture,
+    "rank": t.versions.c.rank,
+    "sites": t.versions.c.sites,
+    "parameters": t.versions.c.parameters,
+    "bytes": t.blobs.c.bytes,
+    "created": t.versions.c.created,
+    "note": t.versions.c.note,
+}
+"""Fields that every version has. Any other word is a metric; ``tag.KEY``, ``data`` and ``parent`` are looked up as well."""
+
+
+@dataclass(frozen=True)
+class Filter:
+    """What `Store.find` is asked for.
+
+    Attributes:
+        name: a name, or its start with ``*``.
+        base: first digits of a base's fingerprint, or its name.
+        tags: that a version has to have.
+        where: see `weft.store.predicates`.
+        data: first digits of a data set's digest.
+        alias: only versions that it points to.
+        all_versions: not only the newest of each name.
+        limit: at most as many.
+    """
+
+    name: str | None = None
+    base: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    where: str | None = None
+    data: str | None = None
+    alias: str | None = None
+    all_versions: bool = False
+    limit: int = 100
+
+
+def matching(asked: Filter, owner: str) -> sa.Select[Any]:
+    """Ids of the versions that a filter lets through, the newest first.
+
+    Raises:
+        StoreError: a filter that can't be.
+    """
+    if type(asked.limit) is not int or asked.limit < 1:
+        raise StoreError(f"limit={asked.limit!r}; expected a whole number from 1 on")
+    wanted: list[ColumnElement[bool]] = [t.versions.c.owner == owner]
+    names = blobs = False
+    if not asked.all_versions and asked.alias is None:
+        wanted.append(t.versions.c.newest == 1)
+    if asked.name is not None:
+        names = True
+        start = asked.name.removesuffix("*")
+        check_name(start or "x")
+        exact = start == asked.name
+        wanted.append(t.names.c.name == start if exact else t.names.c.name.startswith(start, autoescape=True))
+    if asked.base is not None:
+        wanted.append(_base(asked.base))
+    for key, value in checked_tags(asked.tags).items():
+        wanted.append(_holds(t.tags, key, t.tags.c.value == value))
+    if asked.data is not None:
+        wanted.append(_data(asked.data))
+    if asked.alias is not None:
+        pointing = sa.select(t.aliases.c.version_id).where(t.aliases.c.alias == check_name(asked.alias, "alias"))
+        wanted.append(t.versions.c.id.in_(pointing))
+    if asked.where is not None:
+        condition = parse_condition(asked.where)
+        wanted.append(_clause(condition))
+        names, blobs = True, True
+    found = sa.select(t.versions.c.id)
+    if names:
+        found = found.join(t.names, t.names.c.id == t.versions.c.name_id)
+    if blobs:
+        found = found.join(t.blobs, t.blobs.c.address == t.versions.c.address)
+    return found.where(*wanted).order_by(t.versions.c.id.desc()).limit(asked.limit)
+
+
+def _holds(table: sa.Table, key: str, condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    return t.versions.c.id.in_(sa.select(table.c.version_id).where(table.c.key == key, condition))
+
+
+def _base(text: str) -> ColumnElement[bool]:
+    """A base by its fingerprint's first digits, its name, or the last part of its name."""
+    _short_enough(text, "base")
+    by_name = sa.or_(t.versions.c.base_name == text, t.versions.c.base_name.endswith(f"/{text}", autoescape=True))
+    digits = text.lower()
+    if len(digits) >= 6 and all(letter in "0123456789abcdef" for letter in digits):
+        return sa.or_(sa.and_(t.versions.c.base >= digits, t.versions.c.base < digits + "g"), by_name)
+    return by_name
+
+
+def _data(text: str) -> ColumnElement[bool]:
+    _short_enough(text, "data")
+    starts = sa.and_(t.datasets.c.digest >= text, t.datasets.c.digest < text + "g")
+    return t.versions.c.id.in_(sa.select(t.datasets.c.version_id).where(sa.or_(starts, t.datasets.c.source == text)))
+
+
+def _clause(condition: Condition) -> ColumnElement[bool]:
+    if isinstance(condition, Comparison):
+        return _comparison(condition)
+    if isinstance(condition, Not):
+        return sa.not_(_clause(condition.part))
+    parts = [_clause(part) for part in condition.parts]
+    return sa.and_(*parts) if isinstance(condition, And) else sa.or_(*parts)
+
+
+def _comparison(item: Comparison) -> ColumnElement[bool]:
+    """One comparison. A version without the metric or tag is let through by none, ``!=`` as little as ``=``."""
+    kind, dot, key = item.field.partition(".")
+    if kind == "tag" and dot:
+        value = item.value if isinstance(item.value, str) else f"{item.value:.15g}"
+        return _holds(t.tags, check_name(key, "tag"), _compare(t.tags.c.value, item.operator, str(value)))
+    if item.field in ("data", "parent"):
+        if not isinstance(item.value, str) or item.operator != "=":
+            raise StoreError(f"{item}: {item.field} is compared with a digest by =, as in {item.field}='9f2c41d0'")
+        if item.field == "data":
+            return _data(str(item.value))
+        starts = (t.parents.c.digest >= str(item.value), t.parents.c.digest < str(item.value) + "g")
+        return t.versions.c.id.in_(sa.select(t.parents.c.version_id).where(*starts))
+    if item.field in FIELDS:
+        return _column(item)
+    metric = key if kind == "metric" and dot else item.field
+    if isinstance(item.value, str):
+        raise StoreError(
+            f"{item}: {item.field} is taken for a metric, and metrics are compared with numbers. Fields with text: "
+            "name, digest, base, base_name, architecture, note, created, tag.KEY"
+        )
+    return _holds(t.metrics, metric, _compare(t.metrics.c.value, item.operator, item.value))
+
+
+def _column(item: Comparison) -> ColumnElement[bool]:
+    column = FIELDS[item.field]
+    if item.field == "created" and isinstance(item.value, str):
+        return _compare(column, item.operator, _seconds(str(item.value)))
+    numeric = isinstance(column.type, sa.Integer | sa.Float)
+    if numeric == isinstance(item.value, str):
+        raise StoreError(f"{item}: {item.field} is {'a number' if numeric else 'text: put it in quotes'}")
+    if item.field == "base" and item.operator in ("=", "!="):
+        found = _base(str(item.value))
+        return found if item.operator == "=" else sa.not_(found)
+    return _compare(column, item.operator, str(item.value) if isinstance(item.value, str) else item.value)
+
+
+def _compare(column: Any, operator: str, value: Any) -> ColumnElement[bool]:
+    found: ColumnElement[bool] = {
+        "<": column.__lt__, "<=": column.__le__, ">": column.__gt__, ">=": column.__ge__, "=": column.__eq__, "!=": column.__ne__,
+    }[operator](value)  # fmt: skip
+    return found
+
+
+def _seconds(text: str) -> float:
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise StoreError(f"created is compared with a date, as in created>='2026-01-31'; got {text[:40]!r}") from None
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+
+
+def _short_enough(text: object, what: str) -> None:
+    if not isinstance(text, str) or not text or len(text) > 512 or "\0" in text:
+        raise StoreError(f"{what}: expected a name or the first digits of a digest, got {ascii(text)[:60]}")
