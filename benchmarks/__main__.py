@@ -47,7 +47,7 @@ def main() -> None:
         result = _in_own_process(name, arguments, options.rounds)
         results.append(result)
         met = "met" if result["weft"] <= result["bar"] else "NOT met"
-        print(f"[{number}/{len(wanted)}] {result['row']}: weft {result['weft']:.3f}, peft {result['peft']:.3f}, "
+        print(f"[{number}/{len(wanted)}] {result['row']}: weft {result['weft']:.4g}, peft {result['peft']:.4g}, "
               f"bar {result['bar']} {met}", flush=True)  # fmt: skip
     if options.only:
         print("not written: only a part of the rows was measured")

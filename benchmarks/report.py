@@ -46,7 +46,13 @@ def _line(result: dict[str, Any]) -> str:
     if absolute:
         unit = "MiB" if "mebibytes" in result else "ms"
         said = ", ".join(f"{name} {value} {unit}" for name, value in absolute.items())
-    return f"| {result['row']} | {result['weft']:.3f} | {result['peft']:.3f} | ≤ {result['bar']} | {met} | {floor} | {said} |"
+    shown = [_number(result[name]) for name in ("weft", "peft", "bar")]
+    return f"| {result['row']} | {shown[0]} | {shown[1]} | ≤ {shown[2]} | {met} | {floor} | {said} |"
+
+
+def _number(value: float) -> str:
+    """Three decimals; small ratios by two digits; nothing where nothing was measured."""
+    return "" if value != value else f"{value:.3f}" if value >= 0.01 else f"{value:.2g}"
 
 
 def _processor() -> str:

@@ -215,7 +215,7 @@ def _show_sites(report: MixReport) -> None:
         *([("from sum", "right")] if sums else []),
     ]
     show.table(heads, [
-        [site.path, str(site.rank), f"{site.norm:.3g}", f"{site.relative_error:.2%}", *([f"{site.from_sum:.2%}"] if sums else [])]
+        [site.path, str(site.rank), "" if site.norm is None else f"{site.norm:.3g}", f"{site.relative_error:.2%}", *([f"{site.from_sum:.2%}"] if sums else [])]
         for site in report.sites
     ])  # fmt: skip
     show.result()

@@ -316,10 +316,10 @@ def _site(path: str, entries: Sequence[Entry], job: Job, as_dora: bool) -> tuple
     """One site of the mixture, and what it cost."""
     only = entries[0].update
     if only.factors.magnitude is not None:  # taken over as it is, see `_passes`
-        norm = only.factors.norm()
-        return only.factors, SiteMix(path, only.factors.rank, 1, norm, 0.0, 0.0)
+        return only.factors, SiteMix(path, only.factors.rank, 1, None, 0.0, 0.0)
     if job.method.elementwise:
-        made, norm, lost = _by_elements(path, entries, job)
+        made, wanted, lost = _by_elements(path, entries, job)
+        norm: float | None = wanted
     else:
         target = job.method.run(path, entries, job.options)
         made, norm, lost = _limited(target, _limit(job, entries))
@@ -339,10 +339,12 @@ def _limit(job: Job, entries: Sequence[Entry]) -> dict[str, Any]:
     return job.options.limit
 
 
-def _limited(target: Update, limit: Mapping[str, Any]) -> tuple[Update, float, float]:
-    """An update within a limit; ‖target‖; and what was lost of it."""
+def _limited(target: Update, limit: Mapping[str, Any]) -> tuple[Update, float | None, float]:
+    """An update within a limit; ‖target‖, where there is a limit; and what was lost of it."""
+    if not limit:
+        return target, None, 0.0
     norm = target.norm()
-    if not limit or (set(limit) == {"rank"} and target.factors.rank <= limit["rank"]):
+    if set(limit) == {"rank"} and target.factors.rank <= limit["rank"]:
         return target, norm, 0.0
     if "error" in limit and target.rows is not None:  # the error is a share of the whole update, rows included
         size = target.factors.norm()

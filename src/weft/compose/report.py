@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ class SiteMix:
 
     Attributes:
         rank: of the mixture. parents: how many adapters have a part in it.
-        norm: ‖target‖, what the method wanted to give: the weighted sum, or its own matrix before it was brought to a rank.
+        norm: ‖target‖, what the method wanted to give: the weighted sum, or its own matrix before it was brought to a rank. None where
+            nothing was left out, so that nobody had to know.
         relative_error: ‖ΔW - target‖ / ‖target‖; 0.0 where nothing was left out (or nothing was wanted).
         from_sum: ‖ΔW - Σ weight · ΔWᵢ‖ / ‖Σ weight · ΔWᵢ‖: how far from the plain sum, which a method such as TIES does not want to give.
     """
@@ -26,7 +27,7 @@ class SiteMix:
     path: str
     rank: int
     parents: int
-    norm: float
+    norm: float | None
     relative_error: float
     from_sum: float
 
@@ -53,7 +54,9 @@ class MixReport:
     @property
     def relative_error(self) -> float:
         """‖ΔW - target‖ / ‖target‖ over all sites together; 0.0 for a mixture that wanted nothing."""
-        return self._overall(lambda site: site.relative_error * site.norm)
+        total = sum((site.norm or 0.0) ** 2 for site in self.sites)
+        lost = sum((site.relative_error * (site.norm or 0.0)) ** 2 for site in self.sites)
+        return math.sqrt(lost / total) if total else 0.0
 
     @property
     def from_sum(self) -> float:
@@ -69,10 +72,6 @@ class MixReport:
     def loss_change(self) -> float | None:
         """Loss of the mixture less that of the exact sum: what the method does to the loss; None without data."""
         return None if self.losses is None else self.losses["mixture"] - self.losses["sum"]
-
-    def _overall(self, lost: Callable[[SiteMix], float]) -> float:
-        total = sum(site.norm**2 for site in self.sites)
-        return math.sqrt(sum(lost(site) ** 2 for site in self.sites) / total) if total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""

@@ -174,11 +174,11 @@ def concat(parts: list[tuple[Factors, float]]) -> Factors:
     if not all(_is_lossless(weight * part.scale) for part, weight in parts):
         dtype = torch.promote_types(dtype, torch.float32)
     A = torch.cat([part.A.to(dtype) for part, _ in parts], dim=-2)
-    B = torch.empty(*first.B.shape[:-1], A.shape[-2], dtype=dtype, device=A.device)
-    start = 0
+    B = torch.cat([part.B.to(dtype) for part, _ in parts], dim=-1)
+    sizes: list[float] = []
     for part, weight in parts:
-        torch.mul(part.B.detach().to(dtype), weight * part.scale, out=B[..., start : start + part.rank])
-        start += part.rank
+        sizes += [weight * part.scale] * part.rank
+    B.mul_(torch.tensor(sizes, dtype=dtype, device=B.device))
     biases = [part.bias.to(dtype) * (weight * part.scale) for part, weight in parts if part.bias is not None]
     bias = torch.stack(biases).sum(0) if biases else None
     if first.groups > 1:  # the ranks of one group stand together
