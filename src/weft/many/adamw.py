@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 __all__ = ["BETAS", "EPSILON", "Lines", "Rates", "clip_", "move_", "norms_by_slot", "reference_adamw"]
 
@@ -81,6 +82,38 @@ def clip_(lines: Sequence[Lines], norms: Tensor, clips: Tensor) -> None:
 @torch.no_grad()
 def move_(lines: Sequence[Lines], rates: Rates) -> None:
     """One step of AdamW. Slots with a rate of 0 and no gradient stay as they are.
+
+    Where all slots that move have the same rates, decay and count of steps, which is the usual case, torch's fused kernel makes one
+    pass over everything; else the columns of `_move_apart` do.
+    """
+    moving = rates.rate > 0
+    same = all(len(set(values[moving].tolist())) <= 1 for values in (rates.rate, rates.ratio, rates.decay, rates.steps))
+    if not same or not bool(moving.any()) or not _all_move(lines, moving):
+        _move_apart(lines, rates)
+        return
+    rate, ratio, decay, steps = (float(values[moving][0]) for values in (rates.rate, rates.ratio, rates.decay, rates.steps))
+    for part_rate, part_decay, parts in ((rate, decay, ("A",)), (rate * ratio, decay, ("B",)), (rate, 0.0, ("magnitude", "bias"))):
+        some = [item for item in lines if item.part in parts]
+        if some:
+            adamw(
+                [item.value for item in some], [item.grad for item in some], [item.first for item in some], [item.second for item in some],
+                [], [torch.tensor(steps - 1, device=item.value.device) for item in some], fused=True, amsgrad=False, beta1=BETAS[0],
+                beta2=BETAS[1], lr=part_rate, weight_decay=part_decay, eps=EPSILON, maximize=False,
+            )  # fmt: skip
+
+
+def _all_move(lines: Sequence[Lines], moving: Tensor) -> bool:
+    """Whether every line belongs to a slot that moves."""
+    known: dict[int, bool] = {}
+    for item in lines:
+        if item.owner.data_ptr() not in known:
+            known[item.owner.data_ptr()] = bool(moving[item.owner].all())
+    return all(known.values())
+
+
+@torch.no_grad()
+def _move_apart(lines: Sequence[Lines], rates: Rates) -> None:
+    """AdamW with columns of rates: each line has its own.
 
     Source:
         Loshchilov and Hutter 2019, arXiv:1711.05101; operation by operation `torch.optim.AdamW`.

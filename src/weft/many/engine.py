@@ -25,7 +25,6 @@ from weft.many.losses import find_head, head_losses, model_losses
 from weft.many.pieces import Piece, compose
 from weft.spec import LoraSpec
 from weft.train.scoring import by_row, keeps_logits, losses, wanted_positions
-from weft.train.streams import own_stream
 from weft.train.trainer import rate_and_decay
 
 __all__ = ["Apart", "Engine", "Measured", "Move", "Settings"]
@@ -272,22 +271,6 @@ class Apart(Engine):
         """Drop the slot."""
         del self._optimizers[key]
         self.bank.drop(key)
-
-    @contextlib.contextmanager
-    def routed(self, part: Sequence[Piece], seeded: bool) -> Iterator[None]:
-        """The one adapter of the piece in use."""
-        with self.using(part[0].key), own_stream(part[0].seeds[0]) if seeded else contextlib.nullcontext():
-            yield
-
-    @contextlib.contextmanager
-    def using(self, key: str | None) -> Iterator[None]:
-        """One adapter in use."""
-        before = self.bank.current
-        self.bank.use(key)
-        try:
-            yield
-        finally:
-            self.bank.use(before)
 
     def forwards(self, pieces: Sequence[Piece]) -> list[list[Piece]]:
         """Each piece by itself."""

@@ -110,11 +110,21 @@ class AdapterTrainer(Trainer):
         """
         step = self.state.global_step
         self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
-        with own_stream(stream_seed(self.args.seed, *self._micro, self.args.process_index)):
+        with own_stream(stream_seed(self.args.seed, *self._micro, self.args.process_index)), self._dropping(args, kwargs):
             loss: Tensor = super().training_step(*args, **kwargs)
         if not bool(torch.isfinite(loss)):
             raise NotFiniteError(self._diverged(f"the loss is {float(loss)}"))
         return loss
+
+    def _dropping(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+        """Dropout by row: each row of the batch has a seed of its own, so that neighbours and padding change nothing."""
+        bank, slot = self.setup.bank, self.setup.slot
+        if not bank.spec(slot).dropout:
+            return contextlib.nullcontext()
+        inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+        rows, process = len(inputs["labels"]), self.args.process_index
+        seeds = [stream_seed(self.args.seed, *self._micro, process, row) for row in range(rows)]
+        return bank.route([slot] * rows, seeds=seeds)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: Trainer's way walks over all parameters at every forward."""

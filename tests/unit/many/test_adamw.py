@@ -22,8 +22,9 @@ def stacks(dtype: torch.dtype) -> list[Lines]:
     return found
 
 
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_every_slot_moves_as_if_it_were_alone(dtype: torch.dtype) -> None:
+def test_every_slot_moves_as_if_it_were_alone(dtype: torch.dtype, alike: bool) -> None:
     lines = stacks(dtype)
     copies = [Lines(*(tensor.clone() for tensor in (item.value, item.grad, item.first, item.second, item.owner)), item.part) for item in lines]
     clips = {0: 1.0, 1: 0.0, 2: 0.1, 4: 100.0}
@@ -36,6 +37,8 @@ def test_every_slot_moves_as_if_it_were_alone(dtype: torch.dtype) -> None:
         started += 1
         rates = Rates(10 ** torch.empty(SLOTS, dtype=torch.float64).uniform_(-4, -1), torch.tensor([1, 16, 1, 1, 4.0]).double(),
                       torch.tensor([0.0, 0.01, 0.5, 0, 0.1]).double(), started)  # fmt: skip
+        if alike:
+            rates = Rates(*(values[4].expand(SLOTS).clone() for values in (rates.rate, rates.ratio, rates.decay, rates.steps)))
         reference_adamw(copies, rates, clips, states)
         norms = norms_by_slot(lines, SLOTS)
         clip_(lines, norms, torch.tensor([clips.get(slot, 0.0) for slot in range(SLOTS)]).double())
