@@ -29,12 +29,14 @@ from weft.errors import DamagedError, StoreError
 __all__ = [
     "Blobs",
     "FileFacts",
+    "Files",
     "LocalBlobs",
-    "RemoteBlobs",
+    "checked_address",
+    "checked_name",
+    "disk_problem",
     "flush",
     "is_local",
     "measure",
-    "open_blobs",
     "write_flushed",
 ]
 
@@ -358,12 +360,22 @@ def _sha256(path: Path) -> str:
 
 
 def checked_address(address: str) -> str:
+    """An address, if it can be one: whatever else would lead out of the store.
+
+    Raises:
+        DamagedError: it can't.
+    """
     if not _ADDRESS.fullmatch(address):
         raise DamagedError(f"{ascii(address)[:100]} is no address of a blob: who wrote this can't be trusted")
     return address
 
 
 def checked_name(name: str) -> str:
+    """The name of a file of a blob, if it can be one.
+
+    Raises:
+        DamagedError: it can't.
+    """
     if not _FILE.fullmatch(name) or ".." in name:
         raise DamagedError(f"{ascii(name)[:100]} is no file of a blob: who wrote this can't be trusted")
     return name

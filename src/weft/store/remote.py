@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +198,8 @@ def _failures() -> tuple[type[BaseException], ...]:
 
 def _written(facts: Mapping[str, Any]) -> float:
     """When a file was written, as filesystems say it in their ways; now, where they don't."""
-    value = next(
-        (facts[name] for name in ("LastModified", "mtime", "last_modified", "created") if facts.get(name)), None
-    )
-    if hasattr(value, "timestamp"):
-        return float(value.timestamp())
+    names = ("LastModified", "mtime", "last_modified", "created")
+    value: Any = next((facts[name] for name in names if facts.get(name)), None)
+    if isinstance(value, datetime):
+        return value.timestamp()
     return float(value) if isinstance(value, int | float) else time.time()

@@ -16,7 +16,10 @@ from weft.errors import StoreError
 from weft.store.blobs import Blobs, FileFacts, LocalBlobs
 from weft.store.collect import collect, verify
 from weft.store.database import Database, sqlite_url
+from weft.store.differing import Difference, difference
+from weft.store.exchange import Transfer, pull, push
 from weft.store.index import Index
+from weft.store.lineage import Lineage, lineage
 from weft.store.names import parse_name
 from weft.store.packing import MAX_PROVENANCE, address_of, pack, pack_provenance, unpack, unpack_provenance
 from weft.store.places import INDEX_FILE, default_index, default_owner, default_place
@@ -225,6 +228,35 @@ class Store:
         for_peft = "adapter_config.json" in self.index.files(version.address)
         return self.get(version).save(out, overwrite=overwrite, for_peft=for_peft)
 
+    def push(self, url: str, *refs: str, options: Mapping[str, Any] | None = None) -> Transfer:
+        """Copy versions to another place, with numbers, tags, metrics, provenance and aliases.
+
+        Args:
+            url: a directory, ``s3://bucket/prefix``, ``hf://org/name``, or the directory of another store.
+            refs: names (all their versions) and versions; none: everything that the owner has.
+            options: for fsspec's filesystem.
+
+        Raises:
+            StoreError: a version is there already with another adapter; the place can't be written.
+            DamagedError: a version's files are not what was put; nothing of it was pushed.
+        """
+        return push(self, url, refs, options)
+
+    def pull(self, url: str, *refs: str, name: str | None = None, options: Mapping[str, Any] | None = None) -> Transfer:
+        """Copy versions from another place; every byte is verified. Aliases that are new here come with them.
+
+        Args:
+            url: as in `push`; or the address of ``weft store serve-index``.
+            refs: names (all their versions) and versions; none: everything that is there.
+            name: what the name is to be here.
+
+        Raises:
+            NotInStoreError: it isn't there.
+            StoreError: a version is here already with another adapter.
+            FormatError, DamagedError: what is there can't be trusted: says why.
+        """
+        return pull(self, url, refs, name, options)
+
     # looking
 
     def version(self, ref: str | Version) -> Version:
@@ -271,6 +303,23 @@ class Store:
             StoreError: a filter that can't be read; says where.
         """
         return self.index.find(Filter(name, base, tags or {}, where, data, alias, all_versions, limit))
+
+    def lineage(self, ref: str | Version) -> Lineage:
+        """What an adapter was made of, and that of what: ``.text()`` and ``.svg()``.
+
+        Raises:
+            NotInStoreError: no such adapter.
+        """
+        return lineage(self, ref)
+
+    def diff(self, first: str | Version, second: str | Version) -> Difference:
+        """What differs between two versions: settings, sites, updates, metrics, tags, data.
+
+        Raises:
+            NotInStoreError, DamagedError: as `get`.
+        """
+        one, two = self.version(first), self.version(second)
+        return difference(one, self.get(one), two, self.get(two))
 
     def moves(self, name: str) -> list[Move]:
         """The history of a name's aliases, the newest first.
