@@ -170,9 +170,9 @@ def _difference(mixed: weft.Adapter, wrapped: Any, pair: list[weft.Adapter], pat
 
 def _made(layers: int, seed: int) -> weft.Adapter:
     generator = torch.Generator().manual_seed(seed)
-    sizes = {"self_attn.q_proj": (1024, 1024), "self_attn.k_proj": (1024, 1024), "self_attn.v_proj": (1024, 1024),
-             "self_attn.o_proj": (1024, 1024), "mlp.gate_proj": (2816, 1024), "mlp.up_proj": (2816, 1024),
-             "mlp.down_proj": (1024, 2816)}  # fmt: skip
+    sizes = {"self_attn.q_proj": (2048, 2048), "self_attn.k_proj": (2048, 2048), "self_attn.v_proj": (2048, 2048),
+             "self_attn.o_proj": (2048, 2048), "mlp.gate_proj": (5632, 2048), "mlp.up_proj": (5632, 2048),
+             "mlp.down_proj": (2048, 5632)}  # fmt: skip
     factors = {
         f"model.layers.{layer}.{name}": weft.Factors(
             torch.randn(RANK, d_in, generator=generator), torch.randn(d_out, RANK, generator=generator), 1.0

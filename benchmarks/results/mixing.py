@@ -42,7 +42,8 @@ MIXTURES: tuple[tuple[str, Sequence[float], str, Mapping[str, Any]], ...] = (
     ("magnitude, density 0.3", (0.5, 0.5, 0.5), "magnitude", {"density": 0.3}),
     ("KnOTS, density 0.5, scaling 1", (1, 1, 1), "knots", {"density": 0.5}),
 )
-NEGATIONS = ((-0.25, 0, 0), (0, -0.25, 0), (0, 0, -0.25), (-0.5, 0, 0), (0, -0.5, 0), (0, 0, -0.5))
+TOGETHER = 0.5
+TAKEN = (-0.1, -0.25)
 
 
 def measure(shared: Path, folder: Path) -> dict[str, Any]:
@@ -72,16 +73,25 @@ def measure(shared: Path, folder: Path) -> dict[str, Any]:
             rows.append([name, _weights(weights), f"{error:.2%}" if error else "0", *losses(mixed)])
         rows.append(["A's and B's added apart (no mixture)", _weights((0.5, 0.5, 0.5)), *_apart(adapters, losses)])
         rows.append(_searched(base, data, adapters, losses, Path(work)))
-        negated = []
-        for weights in NEGATIONS:
-            found = losses(_mixed(adapters, weights, "exact", {}))
-            negated.append([now - before for now, before in zip(found, start, strict=True)])
-            rows.append(["exact: a task taken away", _weights(weights), "0", *found])
+        together = losses(_mixed(adapters, [TOGETHER] * len(TASKS), "exact", {}))
+        changes: dict[float, list[list[float]]] = {}
+        for rest, before, what in (
+            (TOGETHER, together, "taken out of the mixture of halves"),
+            (0.0, start, "taken away from the base"),
+        ):
+            for weight in TAKEN:
+                for number, task in enumerate(TASKS):
+                    weights = [weight if number == other else rest for other in range(len(TASKS))]
+                    found = losses(_mixed(adapters, weights, "exact", {}))
+                    rows.append([f"{task} {what}", _weights(weights), "0", *found])
+                    if rest:
+                        change = [now - then for now, then in zip(found, before, strict=True)]
+                        changes.setdefault(weight, []).append(change)
     return {
         "title": "Three adapters of one base, mixed (stories260k)",
         "settings": f"rank {RANK} on all linear layers, {STEPS} steps of {BATCH}, learning rate {RATE:g}, seed 0; loss in nats a token on {TESTED} "
         "held-out examples of each task: E2E (restaurant descriptions), tinyshakespeare, SST-2 as text. Error: of what the method wanted, lost to "
-        f"the rank; methods by elements at the sum of the ranks where none is said. {_negation(negated)}",
+        f"the rank; methods by elements at the sum of the ranks where none is said. {_negation(changes)}",
         "columns": ["mixture", "weights e2e, shakespeare, sst2", "error", *(f"loss {task}" for task in TASKS)],
         "rows": rows,
         "summary": f"base {start}, sum {rows[4][3:]}",
@@ -175,19 +185,14 @@ def _weights(weights: Sequence[float]) -> str:
     return ", ".join(f"{weight:.3g}" for weight in weights)
 
 
-def _negation(negated: Sequence[Sequence[float]]) -> str:
-    """How much taking a task away changes its loss and those of the others."""
-    own = [
-        change[next(k for k, weight in enumerate(weights) if weight)]
-        for weights, change in zip(NEGATIONS, negated, strict=True)
-    ]
-    others = [
-        value
-        for weights, change in zip(NEGATIONS, negated, strict=True)
-        for weight, value in zip(weights, change, strict=True)
-        if not weight
-    ]
-    return (
-        f"Taking a task away changes its own loss by {min(own):+.3f} to {max(own):+.3f} against the base, "
-        f"those of the others by {min(others):+.3f} to {max(others):+.3f}"
-    )
+def _negation(changes: Mapping[float, Sequence[Sequence[float]]]) -> str:
+    """How much taking a task out of the mixture of all changes its loss and those of the others."""
+    said = []
+    for weight, found in changes.items():
+        own = [change[number] for number, change in enumerate(found)]
+        others = [value for number, change in enumerate(found) for other, value in enumerate(change) if other != number]
+        said.append(
+            f"with weight {weight:g} in the place of {TOGETHER:g} its own loss changes by {min(own):+.3f} to {max(own):+.3f}, those of the "
+            f"other tasks by {min(others):+.3f} to {max(others):+.3f}"
+        )
+    return f"Taking a task out of the mixture of all three: {'; '.join(said)}"

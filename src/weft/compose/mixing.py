@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import math
 import platform
@@ -21,9 +22,9 @@ from weft.compose.parents import Parent, Weight, all_sites, check_bases, read_pa
 from weft.compose.report import MixReport, Mixture, SiteMix
 from weft.compose.rest import mix_biases, mix_modules
 from weft.compose.updates import Ground, Update, update_of
-from weft.core.factors import Factors, from_blocks, truncate
+from weft.core.factors import Factors, cut, from_blocks
 from weft.core.loading import spec_of
-from weft.errors import MixError
+from weft.errors import MixError, NotFiniteError
 from weft.identity import Fingerprint
 from weft.spec import LoraSpec
 
@@ -251,9 +252,9 @@ def mix(job: Job, progress: bool | None = False) -> Mixture:
             entries = _entries(live, path, job, as_dora)
             if entries:
                 factors[path], row = _site(path, entries, job, as_dora)
+                _check_finite(path, factors[path], live)
                 rows.append(row)
             tick(1)
-    _check_finite(factors, live)
     report = MixReport(job.method.name, _settings(job), tuple(rows), (*job.notes, *notes, *more))
     return assembled(job, factors, modules, biases, report)
 
@@ -343,15 +344,16 @@ def _limited(target: Update, limit: Mapping[str, Any]) -> tuple[Update, float | 
     """An update within a limit; ‖target‖, where there is a limit; and what was lost of it."""
     if not limit:
         return target, None, 0.0
-    norm = target.norm()
     if set(limit) == {"rank"} and target.factors.rank <= limit["rank"]:
-        return target, norm, 0.0
-    if "error" in limit and target.rows is not None:  # the error is a share of the whole update, rows included
-        size = target.factors.norm()
+        return target, target.norm(), 0.0
+    if target.rows is None:
+        factors, error, norm = cut(target.factors, **limit)
+        return Update(factors), norm, error * norm
+    norm, size = target.norm(), target.factors.norm()
+    if "error" in limit:  # it is a share of the whole update, rows included
         limit = {"error": min(1.0, limit["error"] * norm / size) if size else 1.0}
-    factors, error = truncate(target.factors, **limit)
-    lost = error * target.factors.norm()
-    return dataclasses.replace(target, factors=factors), norm, lost
+    factors, error, _ = cut(target.factors, **limit)
+    return dataclasses.replace(target, factors=factors), norm, error * size
 
 
 def _by_elements(path: str, entries: Sequence[Entry], job: Job) -> tuple[Update, float, float]:
@@ -407,12 +409,11 @@ def _bias_by_elements(path: str, entries: Sequence[Entry], job: Job) -> Tensor |
     return mixed * (1.0 if job.options.scaling is None else job.options.scaling)
 
 
-def _check_finite(factors: Mapping[str, Factors], live: Sequence[Parent]) -> None:
+def _check_finite(path: str, item: Factors, live: Sequence[Parent]) -> None:
     """NaN in a parent is NaN in the mixture: only then the parents are searched for it."""
     try:
-        for path, item in factors.items():
-            item.check_finite(path)
-    except ValueError:
+        item.check_finite(path)
+    except NotFiniteError:
         for parent in live:
             parent.adapter.check_finite()
         raise
@@ -484,6 +485,7 @@ def _provenance(job: Job, modules: tuple[str, ...], report: MixReport) -> Proven
     )
 
 
+@functools.cache
 def _version() -> str:
     try:
         return importlib.metadata.version("weft")
