@@ -23,6 +23,7 @@ __all__ = [
     "blocks",
     "compact_groups",
     "concat",
+    "cut",
     "from_blocks",
     "inner",
     "spread_groups",
@@ -250,6 +251,13 @@ def truncate(
     Source:
         Eckart and Young 1936, The approximation of one matrix by another of lower rank.
     """
+    return cut(factors, rank, energy=energy, error=error)[:2]
+
+
+def cut(
+    factors: Factors, rank: int | None = None, *, energy: float | None = None, error: float | None = None
+) -> tuple[Factors, float, float]:
+    """As `truncate`; and ‖ΔW‖, which it knows anyway."""
     if sum(limit is not None for limit in (rank, energy, error)) != 1:
         raise ShapeError("truncate: expected exactly one of rank, energy and error")
     A, B = (tensor.double() for tensor in blocks(factors))
@@ -269,7 +277,7 @@ def truncate(
     total = float(squares.sum())
     lost = math.sqrt(float(squares[:, keep:].sum()) / total) if total else 0.0
     dtype = torch.promote_types(factors.A.dtype, torch.float32)
-    return from_blocks(factors, new_A.to(dtype), new_B.to(dtype)), lost
+    return from_blocks(factors, new_A.to(dtype), new_B.to(dtype)), lost, math.sqrt(total)
 
 
 _WELL_CONDITIONED = 1e4
