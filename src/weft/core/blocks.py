@@ -156,7 +156,7 @@ def forward(
         for out, B, rank in zip(outputs, item.B, item.block.ranks, strict=True):
             if B is not None:
                 part = thin if rank == thin.shape[2] else thin[:, :, first : first + rank]
-                _add_product(out, item.block, part, B)
+                add_product(out, item.block, part, B)
             first += rank
     return outputs, thins
 
@@ -190,7 +190,7 @@ def units(x: Tensor, block: Block) -> Tensor:
     return chosen.view(block.units, -1, x.shape[2])
 
 
-def _add_product(out: Tensor, block: Block, left: Tensor, right: Tensor) -> None:
+def add_product(out: Tensor, block: Block, left: Tensor, right: Tensor) -> None:
     """Add a batched product (U, c * L, ·) to the block's rows of ``out`` (N, L, ·)."""
     rows = block.rows
     if isinstance(rows, Tensor):
@@ -292,7 +292,7 @@ def _block_grads(
         inner.mul_(item.scale)
     if all(mask is None for mask in drawn):
         if dX is not None:
-            _add_product(dX, block, inner, item.A)
+            add_product(dX, block, inner, item.A)
         return [torch.bmm(inner.mT, units(x, block)), None, *dB]
     dA = torch.empty_like(item.A)
     first = 0
@@ -303,9 +303,9 @@ def _block_grads(
             continue
         dA[:, columns] = torch.bmm(inner[:, :, columns].mT, units(x if without is None else without, block))
         if dX is not None and mask is None:
-            _add_product(dX, block, inner[:, :, columns], item.A[:, columns])
+            add_product(dX, block, inner[:, :, columns], item.A[:, columns])
         elif dX is not None and mask is not None:
             own = torch.zeros_like(x)
-            _add_product(own, block, inner[:, :, columns], item.A[:, columns])
+            add_product(own, block, inner[:, :, columns], item.A[:, columns])
             dX += dropping.drop_(own.view(-1, x.shape[-1]), mask).view(x.shape)
     return [dA, None, *dB]

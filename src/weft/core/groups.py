@@ -155,6 +155,8 @@ class GatedMLPSite(_Base):
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
         children: tuple[nn.Module, ...] = (self.gate_proj, self.up_proj, self.down_proj)
+        if not torch.is_grad_enabled():
+            return super().forward(x)  # type: ignore[no-any-return]
         act = self.act_fn
         known = act is self._weft.extra.get("act_fn") and not (isinstance(act, nn.Module) and is_watched(act))
         if torch.compiler.is_compiling() or _has_any_global_hook() or not (known and all(map(_fits, children))):  # type: ignore[no-untyped-call]
@@ -162,7 +164,7 @@ class GatedMLPSite(_Base):
         states: list[State | None] = [child.__dict__.get("_weft") for child in children]
         placed = [None if state is None else state.sites["weight"] for state in states]
         slots = [None if item is None else item.chosen for item in placed]
-        if not torch.is_grad_enabled() or all(slot is None for slot in slots):
+        if all(slot is None for slot in slots):
             return super().forward(x)  # type: ignore[no-any-return]
         gate, up, down = (
             _operand(child, item, slot) for child, item, slot in zip(children, placed, slots, strict=True)

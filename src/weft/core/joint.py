@@ -21,6 +21,7 @@ from weft.core.adapted import is_ours, magnitude_factor
 from weft.core.blocks import Block, Loaded, routed_linears
 from weft.core.leaves import PoolSlot
 from weft.core.members import FixedSlot
+from weft.core.quick import MISSES, QuickRows, Shared, solo_for, split_solo
 from weft.core.routes import Route, Rows
 from weft.core.slots import Placed
 from weft.errors import BankError
@@ -50,6 +51,12 @@ class Joint:
         self.fixed = all(site is None or site.fixed for site in self.sites)
         self.plans = [(block, parts) for block, parts in self._plan()]
         self._kept: dict[tuple[torch.dtype, torch.device], list[Loaded]] = {}
+        self._slots = [slot for site in self.sites if site is not None for terms in site.terms for slot, _ in terms]
+        self.dropout = any(slot.dropout for slot in self._slots)
+        self.open = all(self.simple) and all("bias" in module._parameters for module, _ in members)
+        self._ready: QuickRows | None = None
+        self._shared = Shared(len(members))
+        self._seen: Any = None
 
     def run(self, x: Tensor) -> list[Tensor]:
         """The outputs by site: (..., d_in) -> (..., d_out)."""
@@ -71,6 +78,39 @@ class Joint:
             out = update if self.simple[number] else self._around(number, rows, update)
             outputs.append(out if rows is x else ops.shaped_like(x, out.reshape(-1, out.shape[-1])))
         return outputs
+
+    def quick(self, number: int, x: Tensor) -> Tensor | None:
+        """The output of one site without gradients: (..., d_in) -> (..., d_out); None where the short way is not open."""
+        if not self.open or not x.is_contiguous():
+            return None
+        if self.dropout and self.members[number][0].training:
+            return None
+        call, seen = self.route.ring.call, self._seen
+        if seen is None or seen[0] != x.shape or seen[1] is not call:
+            count, length = self.route.view(tuple(x.shape[:-1]), self.members[number][1].site.path)
+            seen = self._seen = (x.shape, call, count, length)
+        stamp = None if self.fixed else [slot.lora_A._version for slot in self._slots]
+        ready = self._ready
+        if ready is not None and ready.shared is self._shared:
+            thins = self._shared.find(x, stamp)
+            if thins is not None:
+                return ready(number, x, seen[3], thins)
+        if self._shared.misses > MISSES:
+            self._part()
+            return None
+        if ready is None or not self.fixed or ready.dtype != x.dtype or ready.rows != seen[2]:
+            with torch.no_grad():
+                loaded = [self._load(block, parts, x, None, fold=True) for block, parts in self.plans]
+            ready = self._ready = QuickRows(self.members, loaded, seen[2], x.dtype, self._shared)
+        thins = ready.thins(x, seen[3])
+        self._shared.keep(x, thins, stamp)
+        return ready(number, x, seen[3], thins)
+
+    def _part(self) -> None:
+        """Siblings that don't get the same input go their own ways."""
+        for module, placed in self.members:
+            rows = self.route.at(placed)
+            rows.home = (joint_of(self.route, placed, [(module, placed)]), 0)
 
     # which rows together
 
@@ -214,6 +254,34 @@ def joint_of(route: Route, key: Any, members: Sequence[tuple[nn.Module, Placed]]
     if found is None:
         found = route.joints[key] = Joint(route, members)
     return found
+
+
+def quick(module: nn.Module, placed: Placed, slot: Any, x: Tensor) -> Tensor | None:
+    """A linear site without gradients, by the shortest way; None where it is not open."""
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    if not slot.by_row:
+        home = slot.solo
+        if home is None:
+            home = solo_for(module, placed, slot)
+        if home and home[0].shared.misses > MISSES:
+            home = split_solo(*home)
+        return home[0](home[1], x) if home else None
+    home = slot.home
+    if home is None:
+        home = slot.home = _home(module, placed, slot)
+    joint: Joint = home[0]
+    return joint.quick(home[1], x)
+
+
+def _home(module: nn.Module, placed: Placed, rows: Rows) -> tuple[Joint, int]:
+    """The joint of a site with those of its siblings that the route means too, and the site's number in it."""
+    group = placed.group
+    members = [(module, placed)]
+    if group is not None:
+        members = [member for member in group.members if isinstance(rows.route.at(member[1]), Rows)]
+    key = (group, len(members)) if len(members) > 1 else placed
+    return joint_of(rows.route, key, members), next(n for n, member in enumerate(members) if member[1] is placed)
 
 
 def run(module: nn.Module, placed: Placed, rows: Rows, x: Tensor) -> Tensor:

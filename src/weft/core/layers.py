@@ -44,6 +44,10 @@ class LinearSite(_Base):
         if slot is None:
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if not (torch.is_grad_enabled() or x.is_inference() or torch.compiler.is_compiling()):
+            found = joint.quick(self, placed, slot, x)
+            if found is not None:
+                return found
         if placed.group is not None and not torch.compiler.is_compiling():
             return placed.group(placed, x)  # type: ignore[no-any-return]
         if slot.by_row:

@@ -121,6 +121,7 @@ class PoolSlot:
     ) -> None:  # fmt: skip
         self.pool, self.site, self.name, self.leaves, self.rank = pool, site, name, leaves, rank
         self.scale, self.dropout = scale, dropout
+        self.solo: Any = None
         self.start_A: Tensor | None = None if start is None else start[0]
         self.start_B: Tensor | None = None if start is None else start[1]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class FixedSlot:
             so that an adapter that is loaded computes what it computed in training to the last bit.
     """
 
-    __slots__ = ("_B", "bias", "dropout", "lora_A", "magnitude", "scale", "turned")
+    __slots__ = ("_B", "bias", "dropout", "lora_A", "magnitude", "scale", "solo", "turned")
     by_row = False
     fixed = True
     start_A = start_B = None
@@ -66,6 +66,7 @@ class FixedSlot:
         self._B: Tensor | None = None if turned else B
         self.magnitude: Tensor | None = None
         self.bias: Tensor | None = None
+        self.solo: Any = None
 
     @property
     def lora_B(self) -> Tensor:

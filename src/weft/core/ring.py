@@ -56,6 +56,7 @@ class Ring:
         self._lock = threading.Lock()
         self._open = 0
         self._marked = False
+        self._calls: dict[tuple[Any, ...], Call] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ring:
         """A copied model starts without routes."""
@@ -100,15 +101,22 @@ class Ring:
         for name in _COUNTED:
             value = kwargs.get(name)
             if isinstance(value, Tensor) and value.dim() >= 2:
-                here.call = Call(value.shape[0], value.shape[0] * value.shape[1], torch.is_grad_enabled())
+                here.call = self._call(value.shape[0], value.shape[0] * value.shape[1])
                 break
         else:
             found = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
             if found is None:
                 return
             tokens = found.shape[0] * found.shape[1] if found.dim() == 2 else None
-            here.call = Call(found.shape[0], tokens, torch.is_grad_enabled())
+            here.call = self._call(found.shape[0], tokens)
         route.check_call(here.call.rows, here.call.tokens)
+
+    def _call(self, rows: int, tokens: int | None) -> Call:
+        """The same object for the same call, which is quick to compare."""
+        key = (rows, tokens, torch.is_grad_enabled())
+        if len(self._calls) > 256:
+            self._calls = {}
+        return self._calls.setdefault(key, Call(*key))
 
     def end(self) -> None:
         """The call is over, well or not."""

@@ -39,6 +39,7 @@ class Mixed:
 
     by_row = False
     plain = True
+    solo = False
     magnitude = bias = None
     scale = 1.0
     dropout = 0.0
@@ -69,7 +70,7 @@ class Rows:
         terms: by part the slots at this site and their weights. biases: by part the difference to the base's bias, as (bias, weight).
     """
 
-    __slots__ = ("biases", "placed", "route", "terms")
+    __slots__ = ("biases", "home", "placed", "route", "terms")
     by_row = True
     plain = False
     magnitude = None
@@ -79,6 +80,7 @@ class Rows:
         biases: list[tuple[tuple[Tensor, float], ...]],
     ) -> None:  # fmt: skip
         self.route, self.placed, self.terms, self.biases = route, placed, terms, biases
+        self.home: Any = None
 
     @property
     def simple(self) -> bool:

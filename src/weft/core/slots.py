@@ -39,6 +39,7 @@ class Slot(nn.Module):
     bias: Tensor | None
     start_A: Tensor | None
     start_B: Tensor | None
+    solo: Any
 
     def __init__(
         self,
@@ -57,7 +58,7 @@ class Slot(nn.Module):
         for name, tensor in names.items():  # register_parameter's checks would be half of the time of an attach
             self._parameters[name] = None if tensor is None else nn.Parameter(tensor, requires_grad=trainable)
         self._buffers["start_A"], self._buffers["start_B"] = start or (None, None)
-        self.__dict__.update(scale=scale, dropout=dropout)
+        self.__dict__.update(scale=scale, dropout=dropout, solo=None)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B as the forward uses them: with a starting product, its negative is appended (rank 2r)."""

@@ -69,9 +69,13 @@ def test_one_product_for_three_sites(calls: list[int]) -> None:
     assert calls == [3]
     assert_close(attention(x), dense_of(bank)(x))
     assert calls == [3, 3]
-    with torch.no_grad():
-        assert_close(attention(x), dense_of(bank)(x))
-    assert calls == [3, 3, 3]
+    products: list[tuple[int, ...]] = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        real = torch.mm
+        patch.setattr(torch, "mm", lambda left, right: products.append(right.shape) or real(left, right))
+        got = attention(x)
+    assert_close(got, dense_of(bank)(x))
+    assert products == [(6, sum(bank.adapter().factors[site].rank for site in bank.adapter().sites))]
 
 
 def test_different_inputs_dissolve_the_group_at_once(calls: list[int]) -> None:
