@@ -16,6 +16,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_DISABLED"] = "true"
+os.environ["WEFT_STORE"] = os.path.join(os.sep, "nonexistent", "weft-store")  # nobody's own store takes part
+os.environ.pop("WEFT_STORE_INDEX", None)
+os.environ.pop("WEFT_OWNER", None)
 os.environ["NO_COLOR"] = "1"
 os.environ.pop("FORCE_COLOR", None)
 os.environ["COLUMNS"] = "120"

@@ -18,17 +18,32 @@ from weft import __version__
 from weft.cli.options import Usage
 from weft.cli.quiet import debugging, quiet_libraries, show_remarks
 from weft.errors import (
+    DamagedError,
     MergeError,
     NotFiniteError,
+    RequirementError,
     RunStoppedError,
     WeftError,
 )
 
 __all__ = ["VERBS", "app", "run"]
 
-VERBS = ("demo", "train", "train-many", "eval", "generate", "inspect", "merge", "convert", "combine", "compare", "shrink")
+VERBS = (
+    "demo",
+    "train",
+    "train-many",
+    "eval",
+    "generate",
+    "inspect",
+    "merge",
+    "convert",
+    "combine",
+    "compare",
+    "shrink",
+    "store",
+)
 
-FAILURES = (MergeError, NotFiniteError, RunStoppedError)
+FAILURES = (DamagedError, MergeError, NotFiniteError, RequirementError, RunStoppedError)
 """What can happen although all that was asked for was right: exit status 1. Every other WeftError: 2."""
 
 _INTERRUPTED = 130

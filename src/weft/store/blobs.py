@@ -42,6 +42,9 @@ __all__ = [
 
 _ADDRESS = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?")
 _FILE = re.compile(r"(provenance/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+MAX_PROVENANCE = 16 << 20
+"""Bytes of a provenance."""
+
 _STALE = 3600.0
 """Seconds after which a file in ``tmp`` belongs to nobody."""
 

@@ -18,9 +18,8 @@ from sqlalchemy.exc import IntegrityError
 
 from weft.errors import DamagedError
 from weft.store import tables as t
-from weft.store.blobs import Blobs
+from weft.store.blobs import MAX_PROVENANCE, Blobs
 from weft.store.database import Database
-from weft.store.packing import MAX_PROVENANCE
 from weft.store.records import Collected, Verified
 from weft.store.rows import unpack_files
 

@@ -63,4 +63,4 @@ def find(text: str, is_path: bool) -> Found | None:
 def _opened(place: str, index: str | None, owner: str) -> Store:
     from weft.store.store import Store
 
-    return Store(place, index=index, owner=owner)
+    return Store(place, index=index, owner=owner, create=False)

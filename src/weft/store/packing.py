@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,11 @@ from weft.formats.checks import parse_object
 from weft.formats.record import plain
 from weft.formats.tensor_files import sha256_of
 from weft.identity import digest_of
-from weft.store.blobs import FileFacts, disk_problem
+from weft.store.blobs import MAX_PROVENANCE, FileFacts, disk_problem
+from weft.store.names import check_text
+from weft.store.records import Draft, checked_metrics, checked_tags, is_metric
 
-__all__ = ["MAX_PROVENANCE", "address_of", "pack", "pack_provenance", "unpack", "unpack_provenance"]
-
-MAX_PROVENANCE = 16 << 20
+__all__ = ["address_of", "draft_of", "pack", "pack_provenance", "unpack", "unpack_provenance"]
 
 
 def address_of(adapter: Adapter) -> str:
@@ -122,3 +124,40 @@ def provenance_of(values: dict[str, Any], where: str) -> Provenance:
         raise FormatError(
             f"no provenance of an adapter ({type(problem).__name__}: {str(problem)[:100]})", path=where
         ) from None
+
+
+def draft_of(
+    adapter: Adapter, provenance: str, tags: Mapping[str, str], metrics: Mapping[str, float], note: str
+) -> Draft:
+    """Read an adapter's facts into columns.
+
+    Raises:
+        StoreError: a tag or a metric that can't be kept.
+    """
+    facts, base = adapter.provenance, adapter.provenance.base
+    columns = {
+        "digest": adapter.digest,
+        "provenance": provenance,
+        "note": check_text(note, "the note"),
+        "base": base.weights if base else "",
+        "base_layout": base.layout if base else "",
+        "base_name": _line((base.name if base else None) or facts.base_name),
+        "architecture": _line(base.architecture if base else ""),
+        "rank": max((item.rank for item in adapter.factors.values()), default=0),
+        "sites": len(adapter.factors),
+        "parameters": adapter.num_parameters,
+    }
+    own = {name: value for name, value in facts.evaluation.items() if is_metric(name, value)}
+    parents = tuple((_line(item.get("digest")), _number(item.get("weight"))) for item in facts.parents)
+    data = tuple({name: _line(item.get(name)) for name in ("digest", "source", "role")} for item in facts.data)
+    return Draft(columns, checked_tags(tags), own | checked_metrics(metrics), parents, data)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _line(value: Any) -> str:
+    """A fact from a file that anybody may have written, short and printable."""
+    text = "" if value is None else str(value)
+    return "".join(letter if letter.isprintable() else "�" for letter in text[:512])

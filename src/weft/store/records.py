@@ -8,11 +8,20 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from weft.adapter import Adapter
 from weft.errors import StoreError
 from weft.store.names import check_name, check_text
 
-__all__ = ["Collected", "Draft", "Move", "Verified", "Version", "draft_of", "moment"]
+__all__ = [
+    "Collected",
+    "Draft",
+    "Move",
+    "Verified",
+    "Version",
+    "checked_metrics",
+    "checked_tags",
+    "is_metric",
+    "moment",
+]
 
 MAX_TAGS = 64
 
@@ -147,33 +156,6 @@ class Draft:
     data: tuple[Mapping[str, str], ...]
 
 
-def draft_of(
-    adapter: Adapter, provenance: str, tags: Mapping[str, str], metrics: Mapping[str, float], note: str
-) -> Draft:
-    """Read an adapter's facts into columns.
-
-    Raises:
-        StoreError: a tag or a metric that can't be kept.
-    """
-    facts, base = adapter.provenance, adapter.provenance.base
-    columns = {
-        "digest": adapter.digest,
-        "provenance": provenance,
-        "note": check_text(note, "the note"),
-        "base": base.weights if base else "",
-        "base_layout": base.layout if base else "",
-        "base_name": _line((base.name if base else None) or facts.base_name),
-        "architecture": _line(base.architecture if base else ""),
-        "rank": max((item.rank for item in adapter.factors.values()), default=0),
-        "sites": len(adapter.factors),
-        "parameters": adapter.num_parameters,
-    }
-    own = {name: value for name, value in facts.evaluation.items() if _is_metric(name, value)}
-    parents = tuple((_line(item.get("digest")), _number(item.get("weight"))) for item in facts.parents)
-    data = tuple({name: _line(item.get(name)) for name in ("digest", "source", "role")} for item in facts.data)
-    return Draft(columns, checked_tags(tags), own | checked_metrics(metrics), parents, data)
-
-
 def checked_tags(tags: Mapping[str, str]) -> dict[str, str]:
     """Tags as they are kept.
 
@@ -195,7 +177,7 @@ def checked_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """
     for name, value in metrics.items():
         check_name(name, "metric")
-        if not _is_metric(name, value):
+        if not is_metric(name, value):
             raise StoreError(f"metric {name}: expected a finite number, got {str(value)[:60]!r}")
     return {name: float(value) for name, value in metrics.items()}
 
@@ -205,17 +187,8 @@ def moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _is_metric(name: str, value: Any) -> bool:
+def is_metric(name: str, value: Any) -> bool:
+    """Whether a metric can be kept: a short name and a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return len(name) <= 128 and name.isprintable() and math.isfinite(value)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def _line(value: Any) -> str:
-    """A fact from a file that anybody may have written, short and printable."""
-    text = "" if value is None else str(value)
-    return "".join(letter if letter.isprintable() else "�" for letter in text[:512])

@@ -1,6 +1,6 @@
 """Store: adapters kept by name and version, in one place.
 
-Puts the parts together: blobs hold the files, the index says what they are and whose. A version counts from the moment at
+Listing needs no torch: what reads or writes adapters is imported when it is asked for. Puts the parts together: blobs hold the files, the index says what they are and whose. A version counts from the moment at
 which the index is committed; files are there before.
 """
 
@@ -9,23 +9,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from weft.adapter import Adapter, Provenance
-from weft.errors import StoreError
-from weft.store.blobs import Blobs, FileFacts, LocalBlobs
+from weft.errors import NotInStoreError, StoreError
+from weft.store.blobs import MAX_PROVENANCE, Blobs, FileFacts, LocalBlobs
 from weft.store.collect import collect, verify
 from weft.store.database import Database, sqlite_url
-from weft.store.differing import Difference, difference
-from weft.store.exchange import Transfer, pull, push
 from weft.store.index import Index
 from weft.store.lineage import Lineage, lineage
 from weft.store.names import parse_name
-from weft.store.packing import MAX_PROVENANCE, address_of, pack, pack_provenance, unpack, unpack_provenance
 from weft.store.places import INDEX_FILE, default_index, default_owner, default_place
 from weft.store.query import Filter
-from weft.store.records import Collected, Move, Verified, Version, draft_of
+from weft.store.records import Collected, Move, Verified, Version
 from weft.store.remote import open_blobs
+
+if TYPE_CHECKING:
+    from weft.adapter import Adapter, Provenance
+    from weft.store.differing import Difference
+    from weft.store.exchange import Transfer
 
 __all__ = ["Store"]
 
@@ -45,6 +46,7 @@ class Store:
             ``index.sqlite`` in the directory.
         owner: whose adapters are seen and changed. Default: ``WEFT_OWNER``, or ``local``.
         options: for the filesystem of a URL, e.g. ``{"endpoint_url": "http://127.0.0.1:9000"}``.
+        create: make it where there is none; False: that is an error.
 
     Raises:
         StoreError: it can't be opened, a later weft made it, or index and blobs belong to different stores.
@@ -64,6 +66,7 @@ class Store:
         index: str | None = None,
         owner: str | None = None,
         options: Mapping[str, Any] | None = None,
+        create: bool = True,
     ) -> None:
         place = default_place() if url is None else os.fspath(url)
         self.blobs: Blobs = open_blobs(place, options)
@@ -75,6 +78,10 @@ class Store:
             )
         if wanted is None:
             assert isinstance(self.blobs, LocalBlobs)
+            if not create and not (self.blobs.root / INDEX_FILE).is_file():
+                raise NotInStoreError(
+                    f"there is no store in {self.blobs.root} yet: weft store put PATH --name NAME makes it"
+                )
             self._make(self.blobs.root)
             database = Database.at(sqlite_url(self.blobs.root / INDEX_FILE))
         else:
@@ -136,6 +143,9 @@ class Store:
             StoreError: a name, tag or metric that can't be; a disk that is full; nothing was changed then.
             FormatError: the adapter can't be read.
         """
+        from weft.adapter import Adapter
+        from weft.store.packing import address_of, draft_of, pack_provenance
+
         parse_name(name)
         value = adapter if isinstance(adapter, Adapter) else _load(adapter)
         provenance, said = pack_provenance(value.provenance)
@@ -167,6 +177,8 @@ class Store:
 
     def _write(self, adapter: Adapter, address: str, name: str, provenance: bytes) -> Mapping[str, FileFacts] | None:
         """See to it that a blob is there, with a provenance; None if somebody removed it in between."""
+        from weft.store.packing import pack
+
         known = self.index.reserve(address)
         try:
             if known and self.blobs.holds(address, known):
@@ -191,6 +203,8 @@ class Store:
             NotInStoreError: it means nothing here; names near ones.
             DamagedError: files are not what was put; says which.
         """
+        from weft.store.packing import unpack
+
         version = self.version(ref)
         provenance = self._provenance(version)
         files = self.index.files(version.address)
@@ -209,6 +223,8 @@ class Store:
         return self._provenance(self.version(ref))
 
     def _provenance(self, version: Version) -> Provenance:
+        from weft.store.packing import unpack_provenance
+
         name = version.provenance
         data = self.blobs.read(version.address, f"provenance/{name}.json", MAX_PROVENANCE)
         return unpack_provenance(data, name, f"{self.place}: blob {version.address[:12]}")
@@ -240,6 +256,8 @@ class Store:
             StoreError: a version is there already with another adapter; the place can't be written.
             DamagedError: a version's files are not what was put; nothing of it was pushed.
         """
+        from weft.store.exchange import push
+
         return push(self, url, refs, options)
 
     def pull(self, url: str, *refs: str, name: str | None = None, options: Mapping[str, Any] | None = None) -> Transfer:
@@ -255,6 +273,8 @@ class Store:
             StoreError: a version is here already with another adapter.
             FormatError, DamagedError: what is there can't be trusted: says why.
         """
+        from weft.store.exchange import pull
+
         return pull(self, url, refs, name, options)
 
     # looking
@@ -318,6 +338,8 @@ class Store:
         Raises:
             NotInStoreError, DamagedError: as `get`.
         """
+        from weft.store.differing import difference
+
         one, two = self.version(first), self.version(second)
         return difference(one, self.get(one), two, self.get(two))
 
