@@ -106,7 +106,8 @@ class FolderDesk:
         inputs = prepare(recipe, texts, self.model, self.tokenizer)
         spec = resolve_default(self.model, recipe.spec or LoraSpec())
         spec = with_head(spec, self.model) if inputs.train.kind == "classification" else spec
-        schedule = settle(recipe, facts_of(inputs, self.model, recipe, spec))
+        facts = dataclasses.replace(facts_of(inputs, self.model, recipe, spec), processes=self.world.rows)
+        schedule = settle(recipe, facts)
         recipe = recipe.replace(spec=spec, kind=texts.kind, max_length=inputs.max_length)
         member = Member(
             name, self.keys[name], recipe, spec, schedule, inputs, self.world.rows, self.world.row_rank

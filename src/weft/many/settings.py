@@ -65,8 +65,9 @@ def check_shared(recipes: Mapping[str, Recipe]) -> None:
                 f"{name} differs between recipes ({' and '.join(values)}; {some_names(odd)}), but all adapters of a run share one "
                 "base; give all the same, or make two runs"
             )
-    for user, recipe in recipes.items():
-        where = f"{user!r}: " if len(set(recipes.values())) > 1 else ""
+    kinds = {recipe: user for user, recipe in reversed(recipes.items())}
+    for recipe, user in kinds.items():
+        where = f"{user!r}: " if len(kinds) > 1 else ""
         if recipe.optimizer not in ("adamw_torch", "adamw_torch_fused"):
             raise RecipeError(f"{where}optimizer={recipe.optimizer!r}: many adapters at once are trained by adamw_torch; train alone for others")
         if recipe.report_to:

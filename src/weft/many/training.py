@@ -241,9 +241,8 @@ def _start(
 ) -> Any:
     """Make the folder, or see that it is the same run. Returns the lock."""
     if resume:
-        lock = folder.lock()
         _check_same(folder, known)
-        return lock
+        return folder.lock()
     folder.create(overwrite)
     lock = folder.lock()
     folder.save_users(keys, plan.recipes)
