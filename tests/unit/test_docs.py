@@ -49,7 +49,9 @@ def test_both_readmes_have_the_same_blocks_numbers_and_headings(repository: Path
 def test_commands_and_their_options_exist(repository: Path, page: str) -> None:
     for verb, *words in commands((repository / page).read_text(encoding="utf-8")):
         module = importlib.import_module(f"weft.cli.{verb}")
-        known = {option for parameter in typer.main.get_command(module.app).params for option in parameter.opts}
+        command = typer.main.get_command(module.app)
+        parts = [command, *(getattr(command, "commands", {})[word] for word in words[:1] if hasattr(command, "commands"))]
+        known = {option for part in parts for parameter in part.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known | {"--help"}, f"weft {verb}"
         values = [words[index + 1] for index, word in enumerate(words[:-1]) if word == "--set"]
         assert Recipe().set(value for value in values if value != "NAME=VALUE") is not None
