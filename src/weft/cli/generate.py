@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from weft.cli import show
-from weft.cli.options import AdapterOption, Base, Dtype, Quiet, Usage
+from weft.cli.options import Base, Dtype, Quiet, Usage
 from weft.errors import DataError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -21,7 +21,24 @@ def generate(
         typer.Argument(metavar="PROMPT", show_default=False, help="One or more; default: what comes on stdin."),
     ] = None,
     base: Base = None,
-    adapter: AdapterOption = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            metavar="PATH",
+            help="Directory of an adapter, or of a run; default: the base alone. With --jsonl NAME=PATH, as often as there are adapters;"
+            " or the folder of a many-run.",
+        ),
+    ] = None,
+    jsonl: Annotated[
+        str | None,
+        typer.Option(
+            "--jsonl",
+            metavar="FILE",
+            help='Requests {"prompt", "adapter"}, each answered by its own adapter in one batch; adapter: a name, null, or weights by name.',
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Requests of --jsonl at once.")] = 32,
     file: Annotated[
         str | None, typer.Option("--file", metavar="FILE", help="Prompts, one a line; -: from stdin.")
     ] = None,
@@ -56,7 +73,12 @@ def generate(
     quiet: Quiet = False,
 ) -> None:
     """Answer prompts, with an adapter or the base alone."""
-    asked = _prompts(prompts or [], file)
+    given = list(adapter or [])
+    if jsonl is not None and (prompts or file is not None):
+        raise Usage("requests stand in --jsonl, so no other prompts can be given")
+    if jsonl is None and len(given) > 1:
+        raise Usage("several adapters answer the rows of --jsonl FILE; for prompts give one --adapter")
+    asked = _prompts(prompts or [], file) if jsonl is None else []
     from weft.train import Sampling, stream
     from weft.train import generate as run_generation
     from weft.train.opening import opened
@@ -64,7 +86,9 @@ def generate(
     sampling = Sampling(
         max_new_tokens=tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=penalty, seed=seed
     )
-    with opened(base, adapter, dtype=dtype) as ready:
+    if jsonl is not None:
+        return _mixed(given, jsonl, {"base": base, "chat": chat, "sampling": sampling, "batch_size": batch, "dtype": dtype})
+    with opened(base, given[0] if given else None, dtype=dtype) as ready:
         loaded = ready.model, ready.tokenizer
         if json:
             texts = run_generation(base=loaded, adapter=ready.adapter, prompts=asked, chat=chat, sampling=sampling)
@@ -77,6 +101,16 @@ def generate(
             for piece in stream(base=loaded, adapter=ready.adapter, prompt=prompt, chat=chat, sampling=sampling):
                 show.piece(piece)
             show.result()
+
+
+def _mixed(given: list[str], file: str, settings: dict[str, Any]) -> None:
+    """Answer requests, a line of JSON each: what stood in the request, and the text."""
+    from weft.many.answers import answer, find_adapters, read_requests
+
+    requests = read_requests(file)
+    texts = answer(adapters=find_adapters(given), requests=requests, **settings)
+    for request, text in zip(requests, texts, strict=True):
+        show.as_json({**(request.row or {}), "text": text}, indent=None)
 
 
 def _prompts(given: list[str], file: str | None) -> list[str]:

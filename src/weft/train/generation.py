@@ -9,7 +9,7 @@ import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from weft.adapter import Adapter
 from weft.errors import BaseError, DataError, RecipeError
 from weft.train.opening import BaseLike, Opened, opened, trained_format
 
-__all__ = ["Prompt", "Sampling", "continue_tokens", "encode", "generate", "stream"]
+__all__ = ["Prompt", "Sampling", "continue_tokens", "encode", "encode_as", "generate", "stream"]
 
 Prompt = str | Sequence[dict[str, Any]]
 
@@ -112,14 +112,24 @@ def stream(
 
 def encode(ready: Opened, prompts: Sequence[Prompt], chat: bool | None) -> list[list[int]]:
     """Tokens of prompts, just as they stand before the answer in training."""
+    return encode_as(ready.model, ready.tokenizer, trained_format(ready.adapter), prompts, chat)
+
+
+def encode_as(
+    model: nn.Module, tokenizer: Any, trained: Mapping[str, Any], prompts: Sequence[Prompt], chat: bool | None
+) -> list[list[int]]:
+    """The same for an adapter whose `trained_format` is known.
+
+    Raises:
+        BaseError: the model can't generate. DataError: an empty prompt, or messages without a chat template.
+    """
     from weft.data import Prompt as DataPrompt
     from weft.data import encode_prompts
 
-    if not hasattr(ready.model, "generate"):
+    if not hasattr(model, "generate"):
         raise BaseError(
-            f"a {type(ready.model).__name__} classifies, it can't generate text; see how well it does with weft.evaluate (weft eval)"
+            f"a {type(model).__name__} classifies, it can't generate text; see how well it does with weft.evaluate (weft eval)"
         )
-    trained = trained_format(ready.adapter)
     chat = bool(trained.get("as_chat")) if chat is None else chat
     for index, prompt in enumerate(prompts):
         if not prompt:
@@ -127,18 +137,23 @@ def encode(ready: Opened, prompts: Sequence[Prompt], chat: bool | None) -> list[
     shaped = [
         [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt for prompt in prompts
     ]
-    most = _positions(ready.model) or 10**9
+    most = _positions(model) or 10**9
     rows = [DataPrompt(prompt, (), index) for index, prompt in enumerate(shaped)]
-    return encode_prompts(rows, ready.tokenizer, max_length=int(most) - 1, separator=trained.get("separator", ""))
+    return encode_prompts(rows, tokenizer, max_length=int(most) - 1, separator=trained.get("separator", ""))
 
 
 def continue_tokens(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, batch_size: int,
     tick: Callable[[int], None] | None = None,
+    routed: Callable[[list[int]], contextlib.AbstractContextManager[Any]] | None = None,
 ) -> list[list[int]]:  # fmt: skip
     """Tokens that follow each prompt, without the prompt and without what stands after its end token.
 
     Batches are made of prompts of like length, padded on the left.
+
+    Args:
+        tick: called with the number of prompts after each batch.
+        routed: gives the route of a batch from the indices of its prompts; None: whatever is in use answers.
     """
     device = next(model.parameters()).device
     config = _generation_config(model, tokenizer, sampling)
@@ -154,7 +169,7 @@ def continue_tokens(
                 ids[row, width - len(prompts[index]) :] = torch.tensor(list(prompts[index]))
                 mask[row, width - len(prompts[index]) :] = 1
             config.max_new_tokens = _room(model, width, sampling)
-            with _eval(model):
+            with _eval(model), routed(chosen) if routed is not None else contextlib.nullcontext():
                 found: Any = model.generate(
                     input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
                 )  # type: ignore[operator]
