@@ -207,15 +207,24 @@ def _show_sites(report: MixReport) -> None:
     if not any(site.relative_error or site.from_sum for site in report.sites):
         return
     sums = any(site.from_sum != site.relative_error for site in report.sites)
+    common = show.common([site.path for site in report.sites])
     heads = [
-        ("site", "left"),
+        (f"site in {common[:-1]}" if common else "site", "left"),
         ("rank", "right"),
         ("‖wanted‖", "right"),
         ("error", "right"),
-        *([("from sum", "right")] if sums else []),
     ]
-    show.table(heads, [
-        [site.path, str(site.rank), "" if site.norm is None else f"{site.norm:.3g}", f"{site.relative_error:.2%}", *([f"{site.from_sum:.2%}"] if sums else [])]
+    rows = [
+        [
+            site.path.removeprefix(common),
+            str(site.rank),
+            "" if site.norm is None else f"{site.norm:.3g}",
+            f"{site.relative_error:.2%}",
+        ]
         for site in report.sites
-    ])  # fmt: skip
+    ]
+    if sums:
+        heads.append(("from sum", "right"))
+        rows = [[*row, f"{site.from_sum:.2%}"] for row, site in zip(rows, report.sites, strict=True)]
+    show.table(heads, rows)
     show.result()

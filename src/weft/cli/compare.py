@@ -55,17 +55,20 @@ def compare(
 def _show(found: Comparison, each: bool) -> None:
     heads = [("site", "left"), ("n", "right"), ("cosine", "right"), ("overlap in", "right"), ("out", "right"),
              ("by chance", "right"), ("conflict", "right")]  # fmt: skip
+    common = show.common([path for pair in found.pairs for path in found.groups(pair)])
     for pair in found.pairs:
         show.result(f"{pair[0]}  and  {pair[1]}\n")
         groups = {site.path: (site,) for site in found.of(pair)} if each else found.groups(pair)
         if not groups:
             show.result("no site is in both\n")
             continue
-        rows = [[path, *_means(group)] for path, group in groups.items()]
+        rows = [[path.removeprefix(common), *_means(group)] for path, group in groups.items()]
         overall = found.overall(pair)
         rows.append(["all", str(len(found.of(pair))), *_cells(overall)])
         show.table(heads, rows)
         show.result()
+    if common:
+        show.result(f"sites in {common[:-1]}\n")
     for name, paths in found.alone.items():
         if paths:
             show.result(f"only in {name}: {len(paths)} sites, {some_names(paths, 3)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,7 +61,7 @@ def _show(found: Inspection) -> None:
         *([("proof", f"{len(adapter.proof['logits'])} golden prompts")] if "logits" in adapter.proof else []),
     ])  # fmt: skip
     show.result()
-    common = _common([group.pattern for group in found.groups])
+    common = show.common([group.pattern for group in found.groups])
     if common:
         show.result(f"sites in {common[:-1]}:\n")
     heads = (
@@ -82,13 +82,6 @@ def _show(found: Inspection) -> None:
         show.result()
     for warning in found.warnings:
         show.result(f"warning: {warning}")
-
-
-def _common(patterns: list[str]) -> str:
-    """What all paths start with, up to a dot: it is said once, above the table."""
-    parts = [pattern.split(".")[:-1] for pattern in patterns]
-    same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
-    return "".join(f"{names[0]}." for names in same) if len(patterns) > 1 else ""
 
 
 def _row(group: SiteGroup, common: str) -> tuple[str, ...]:
@@ -134,9 +127,27 @@ def _provenance(found: Inspection) -> list[tuple[str, str]]:
           for part in facts.data),
         ("recipe", ", ".join(f"{name} {recipe[name]}" for name in told if recipe.get(name) is not None)),
         *([] if found.run else [("evaluation", ", ".join(f"{name} {value:.4g}" for name, value in facts.evaluation.items()))]),
-        ("parents", ", ".join(str(parent) for parent in facts.parents)),
+        ("parents", ", ".join(_parent(parent) for parent in facts.parents)),
+        ("mixture", _mixture(facts.mixture)),
         ("versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())),
         ("created", facts.created or ""),
         *(("note", note) for note in facts.notes),
     ]  # fmt: skip
     return [(name, value) for name, value in rows if value]
+
+
+def _parent(parent: Mapping[str, Any]) -> str:
+    """``0.7 × medical (a1b2c3d4e5f6)``."""
+    weight = parent.get("weight", "")
+    said = f"{weight:g} × " if isinstance(weight, int | float) else f"{weight} × " if weight else ""
+    return f"{said}{parent.get('name', '')} ({str(parent.get('digest', ''))[:12]})"
+
+
+def _mixture(made: Mapping[str, Any] | None) -> str:
+    """The method, what it was given, and its error."""
+    if not made:
+        return ""
+    settings = ", ".join(f"{name} {value}" for name, value in dict(made.get("settings") or {}).items())
+    error = made.get("relative_error")
+    lost = f"; relative error {error:.2%}" if isinstance(error, float) else ""
+    return f"{made.get('method', '')}{f' ({settings})' if settings else ''}{lost}"

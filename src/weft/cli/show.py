@@ -5,6 +5,7 @@ In a training of several processes only the first one prints.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -12,10 +13,10 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["as_json", "command", "heading", "pairs", "piece", "progress", "remark", "result", "size", "table"]
+__all__ = ["as_json", "command", "common", "heading", "pairs", "piece", "progress", "remark", "result", "size", "table"]
 
 
 def _is_first() -> bool:
@@ -92,6 +93,13 @@ def size(count: int) -> str:
             return f"{value:,.0f} {unit}" if unit == "bytes" else f"{value:,.{1 if value < 100 else 0}f} {unit}"
         value /= 1000
     raise AssertionError
+
+
+def common(paths: Sequence[str]) -> str:
+    """What all dotted paths start with, up to a dot: it is said once, above a table."""
+    parts = [path.split(".")[:-1] for path in paths]
+    same = itertools.takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
+    return "".join(f"{names[0]}." for names in same) if len(paths) > 1 else ""
 
 
 def table(columns: Iterable[tuple[str, str]], rows: Iterable[Iterable[str]]) -> None:

@@ -416,7 +416,9 @@ def _check_finite(path: str, item: Factors, live: Sequence[Parent]) -> None:
     except NotFiniteError:
         for parent in live:
             parent.adapter.check_finite()
-        raise
+        raise NotFiniteError(
+            f"{path}: with these weights the mixture is too large for {item.B.dtype}: take smaller ones"
+        ) from None
 
 
 def assembled(
