@@ -60,7 +60,9 @@ def step_memory(rounds: int, users: int = 8, **values: Any) -> Row:
         setting = Setting(**values)
         base = subjects.frozen_base(setting)
         steps = {"weft": weft_step(base, setting, count), "peft": peft_steps(base, setting, count)}
-        found[count] = {name: round(measures.peak_bytes(step, setting.device) / 2**20, 1) for name, step in steps.items()}
+        found[count] = {
+            name: round(measures.peak_bytes(step, setting.device) / 2**20, 1) for name, step in steps.items()
+        }
     return {"row": "MiB of a step by users", "mebibytes": found}
 
 

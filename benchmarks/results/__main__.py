@@ -1,6 +1,6 @@
 """`make results`: train and evaluate on real weights, and write docs/results.md.
 
-Call it as ``python -m benchmarks.results [e2e] [sst2] [cifar] [medical] [mixing]``; without names all are run. Each part keeps its figures in
+Call it as ``python -m benchmarks.results [e2e] [sst2] [cifar] [medical] [shakespeare] [users] [mixing]``; without names all are run. Each part keeps its figures in
 docs/results/NAME.json, and the page is written anew from all that are there.
 """
 
@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.results import cifar, e2e, medical, mixing, page, sst2
+from benchmarks.results import cifar, e2e, medical, mixing, page, shakespeare, sst2, users
 
 HERE = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("WEFT_SHARED", HERE.parent / "shared"))
@@ -20,6 +20,8 @@ PARTS = {
     "sst2": sst2.measure,
     "cifar": cifar.measure,
     "medical": medical.measure,
+    "shakespeare": shakespeare.measure,
+    "users": users.measure,
     "mixing": mixing.measure,
 }
 

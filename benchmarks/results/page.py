@@ -28,6 +28,8 @@ def _part(part: dict[str, Any]) -> str:
         _row(["---"] * len(part["columns"])),
     ]
     lines += [_row(row) for row in part["rows"]]
+    if "picture" in part:
+        lines += ["", f"![{part['title']}]({part['picture']})", "", part.get("caption", "")]
     for example in part.get("examples", []):
         lines += ["", "```", *(f"{name}: {value}" for name, value in example.items()), "```"]
     return "\n".join([*lines, ""])

@@ -87,7 +87,9 @@ def generate(
         max_new_tokens=tokens, temperature=temperature, top_p=top_p, top_k=top_k, repetition_penalty=penalty, seed=seed
     )
     if jsonl is not None:
-        return _mixed(given, jsonl, {"base": base, "chat": chat, "sampling": sampling, "batch_size": batch, "dtype": dtype})
+        return _mixed(
+            given, jsonl, {"base": base, "chat": chat, "sampling": sampling, "batch_size": batch, "dtype": dtype}
+        )
     with opened(base, given[0] if given else None, dtype=dtype) as ready:
         loaded = ready.model, ready.tokenizer
         if json:

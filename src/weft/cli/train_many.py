@@ -53,7 +53,14 @@ def train_many(
     from weft import train_many as run_many
 
     if resume is not None:
-        runs: Any = run_many(base=base, data=files or None, eval_data=_held(evaluation), out=resume, resume=True, progress=show.progress(quiet))
+        runs: Any = run_many(
+            base=base,
+            data=files or None,
+            eval_data=_held(evaluation),
+            out=resume,
+            resume=True,
+            progress=show.progress(quiet),
+        )
     else:
         named = {"columns": columns_of(columns), "kind": kind, "dtype": dtype}
         changes = {name: value for name, value in named.items() if value is not None}
@@ -76,7 +83,13 @@ def train_many(
 
 
 def _check(
-    out: str | None, resume: str | None, overwrite: bool, files: list[str], by: str | None, sweep: list[str] | None, sample: int | None
+    out: str | None,
+    resume: str | None,
+    overwrite: bool,
+    files: list[str],
+    by: str | None,
+    sweep: list[str] | None,
+    sample: int | None,
 ) -> None:
     """Whether these options go together."""
     if (out is None) == (resume is None):
@@ -106,7 +119,9 @@ def _say_next(runs: Any, quiet: bool) -> None:
         return
     winner = runs.path / "winner.yaml"
     if winner.is_file():
-        show.remark(f"next:    {show.command('weft', 'train', '--recipe', str(winner))} --data FILE --out runs/NAME", quiet)
+        show.remark(
+            f"next:    {show.command('weft', 'train', '--recipe', str(winner))} --data FILE --out runs/NAME", quiet
+        )
         return
     first = runs.path / next(row["folder"] for row in runs.report.rows if row["status"] != "failed")
     origin = runs[next(iter(runs))].adapter.provenance.base

@@ -91,8 +91,14 @@ def move_(lines: Sequence[Lines], rates: Rates) -> None:
     if not same or not bool(moving.any()) or not _all_move(lines, moving):
         _move_apart(lines, rates)
         return
-    rate, ratio, decay, steps = (float(values[moving][0]) for values in (rates.rate, rates.ratio, rates.decay, rates.steps))
-    for part_rate, part_decay, parts in ((rate, decay, ("A",)), (rate * ratio, decay, ("B",)), (rate, 0.0, ("magnitude", "bias"))):
+    rate, ratio, decay, steps = (
+        float(values[moving][0]) for values in (rates.rate, rates.ratio, rates.decay, rates.steps)
+    )
+    for part_rate, part_decay, parts in (
+        (rate, decay, ("A",)),
+        (rate * ratio, decay, ("B",)),
+        (rate, 0.0, ("magnitude", "bias")),
+    ):
         some = [item for item in lines if item.part in parts]
         if some:
             adamw(
@@ -122,8 +128,17 @@ def _move_apart(lines: Sequence[Lines], rates: Rates) -> None:
     second_bias = (1 - BETAS[1] ** rates.steps).sqrt()
     plain, raised = rates.rate, rates.rate * rates.ratio
     tables = {
-        part: (_Columns(1 - rate * (rates.decay if decays else 0.0)), _Columns(rate / first_bias), _Columns(second_bias))
-        for part, rate, decays in (("A", plain, True), ("B", raised, True), ("magnitude", plain, False), ("bias", plain, False))
+        part: (
+            _Columns(1 - rate * (rates.decay if decays else 0.0)),
+            _Columns(rate / first_bias),
+            _Columns(second_bias),
+        )
+        for part, rate, decays in (
+            ("A", plain, True),
+            ("B", raised, True),
+            ("magnitude", plain, False),
+            ("bias", plain, False),
+        )
     }
     for item in lines:
         shrink, stride, scale = (table(item.owner).to(item.value.dtype) for table in tables[item.part])

@@ -70,10 +70,16 @@ def answer(
     model, tokenizer = open_base(base, dtype=dtype)
     if not isinstance(base, tuple):
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-    values = {name: adapters[name] if isinstance(adapters[name], Adapter) else load(adapters[name]) for name in wanted}
+    values: dict[str, Adapter] = {}
+    for name in wanted:
+        source = adapters[name]
+        values[name] = source if isinstance(source, Adapter) else load(source)
     formats = {name: trained_format(value) for name, value in values.items()}
     with _bank(model, values, allow_other_base) as (bank, slots):
-        tokens = [encode_as(model, tokenizer, formats.get(_first(request), {}), [request.prompt], chat)[0] for request in requests]
+        tokens = [
+            encode_as(model, tokenizer, formats.get(_first(request), {}), [request.prompt], chat)[0]
+            for request in requests
+        ]
         entries = [_entry(request.adapter, slots) for request in requests]
         found = continue_tokens(
             model, tokenizer, tokens, sampling or Sampling(), batch_size,
@@ -115,7 +121,9 @@ def _wanted(requests: Sequence[Request], adapters: Mapping[str, Source]) -> list
         for name in names:
             if name not in adapters:
                 hint = did_you_mean(name, adapters)
-                raise BankError(f"request {number} asks for adapter {name!r}, which was not given.{hint} There are: {some_names(adapters) or 'none'}")
+                raise BankError(
+                    f"request {number} asks for adapter {name!r}, which was not given.{hint} There are: {some_names(adapters) or 'none'}"
+                )
             found.append(name)
     return list(dict.fromkeys(found))
 
@@ -142,7 +150,11 @@ def find_adapters(given: Sequence[str]) -> dict[str, str]:
         name, equals, path = text.partition("=")
         folder = ManyFolder(text)
         if folder.users.is_file():
-            users = {user: str(folder.root / key) for user, key in folder.read_users()[0].items() if not folder.failed(key).exists()}
+            users = {
+                user: str(folder.root / key)
+                for user, key in folder.read_users()[0].items()
+                if not folder.failed(key).exists()
+            }
         elif equals and name and path:
             users = {name: path}
         else:
@@ -166,11 +178,15 @@ def read_requests(source: Any) -> list[Request]:
         prompt, adapter = row.get("prompt", row.get("messages")), row.get("adapter")
         if not isinstance(prompt, str | list) or not prompt:
             raise DataError(f'{table.where(index)}: expected a text under "prompt" (or messages), got {_short(prompt)}')
-        weights = isinstance(adapter, Mapping) and adapter and all(
-            isinstance(weight, int | float) and not isinstance(weight, bool) for weight in adapter.values()
+        weights = (
+            isinstance(adapter, Mapping)
+            and adapter
+            and all(isinstance(weight, int | float) and not isinstance(weight, bool) for weight in adapter.values())
         )
         if adapter is not None and not isinstance(adapter, str) and not weights:
-            raise DataError(f'{table.where(index)}: "adapter" is {_short(adapter)}; expected a name, null for the base, or weights by name')
+            raise DataError(
+                f'{table.where(index)}: "adapter" is {_short(adapter)}; expected a name, null for the base, or weights by name'
+            )
         found.append(Request(prompt, adapter, row))
     return found
 

@@ -31,7 +31,10 @@ def read_grid(given: Grid | Sequence[str]) -> dict[str, list[Any]]:
         RecipeError: no ``=``, no value, a field twice.
     """
     if isinstance(given, Mapping):
-        pairs = [(name, list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values]) for name, values in given.items()]
+        pairs = [
+            (name, list(values) if isinstance(values, Sequence) and not isinstance(values, str) else [values])
+            for name, values in given.items()
+        ]
     else:
         pairs = [_read(text) for text in given]
     found: dict[str, list[Any]] = {}
@@ -40,7 +43,9 @@ def read_grid(given: Grid | Sequence[str]) -> dict[str, list[Any]]:
             raise RecipeError(f"{name!r} is swept twice; give all of its values at once, as in {name}=1,2,3")
         if not values:
             raise RecipeError(f"{name!r} is swept over no values; expected at least one")
-        found[name] = list(dict.fromkeys(values)) if all(isinstance(value, int | float | str) for value in values) else values
+        found[name] = (
+            list(dict.fromkeys(values)) if all(isinstance(value, int | float | str) for value in values) else values
+        )
     if not found:
         raise RecipeError("a sweep of nothing: give fields with values, as in rank=4,8,16")
     return found
@@ -66,7 +71,9 @@ def combinations(grid: Mapping[str, list[Any]], sample: int | None = None, seed:
     if sample is None:
         if ranges:
             name = next(iter(ranges))
-            raise RecipeError(f"{name}={grid[name][0]} is a range; say how many random combinations to try (sample=20, --random 20)")
+            raise RecipeError(
+                f"{name}={grid[name][0]} is a range; say how many random combinations to try (sample=20, --random 20)"
+            )
         count = math.prod(len(values) for values in grid.values())
         if count > MOST:
             raise RecipeError(f"{count:,} combinations; try fewer values, or random ones (sample=50, --random 50)")
@@ -76,7 +83,10 @@ def combinations(grid: Mapping[str, list[Any]], sample: int | None = None, seed:
     generator = random.Random(f"sweep/{seed}")
     found: list[dict[str, Any]] = []
     for _ in range(50 * sample):
-        drawn = {name: _draw(generator, ranges[name]) if name in ranges else generator.choice(values) for name, values in grid.items()}
+        drawn = {
+            name: _draw(generator, ranges[name]) if name in ranges else generator.choice(values)
+            for name, values in grid.items()
+        }
         if drawn not in found:
             found.append(drawn)
         if len(found) == sample:
@@ -103,7 +113,9 @@ def _draw(generator: random.Random, bounds: tuple[Any, Any]) -> Any:
 
 def label(values: Mapping[str, Any]) -> str:
     """A combination as a name: ``"rank=4,learning_rate=0.001"``."""
-    return ",".join(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items())
+    return ",".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
 
 
 def recipe_of(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:

@@ -109,9 +109,7 @@ class FolderDesk:
         facts = dataclasses.replace(facts_of(inputs, self.model, recipe, spec), processes=self.world.rows)
         schedule = settle(recipe, facts)
         recipe = recipe.replace(spec=spec, kind=texts.kind, max_length=inputs.max_length)
-        member = Member(
-            name, self.keys[name], recipe, spec, schedule, inputs, self.world.rows, self.world.row_rank
-        )
+        member = Member(name, self.keys[name], recipe, spec, schedule, inputs, self.world.rows, self.world.row_rank)
         if self.steps_of is not None:
             member.due = self.steps_of(member)
         return member
@@ -127,7 +125,11 @@ class FolderDesk:
         folder.save_recipe(member.recipe)
         share = self.shares[member.name]
         named = {"data": name_of(share.data), "eval_data": name_of(share.eval_data)}
-        facts = {"name": member.name, "data": digests_of(member.inputs), "inputs": named | {"base": self.environment.get("base")}}
+        facts = {
+            "name": member.name,
+            "data": digests_of(member.inputs),
+            "inputs": named | {"base": self.environment.get("base")},
+        }
         folder.save_environment(plain_json({**self.environment, **facts}))
 
     def reopen(self, name: str) -> Member:
@@ -140,7 +142,9 @@ class FolderDesk:
         folder = self.folder.of(member.key)
         before = folder.read_environment().get("data", {})
         if before != digests_of(member.inputs):
-            raise RunError(f"{folder.root}: the data of {name!r} changed since the run was started; bring them back, or start a new run")
+            raise RunError(
+                f"{folder.root}: the data of {name!r} changed since the run was started; bring them back, or start a new run"
+            )
         return member
 
     # on the way
@@ -190,7 +194,9 @@ class FolderDesk:
         self.progress.tell(f"FAILED {name}: {reason}")
         if self.world.writes:
             (self.folder.root / key).mkdir(parents=True, exist_ok=True)
-            write_beside(self.folder.failed(key), json.dumps({"name": name, "reason": reason}, ensure_ascii=False) + "\n")
+            write_beside(
+                self.folder.failed(key), json.dumps({"name": name, "reason": reason}, ensure_ascii=False) + "\n"
+            )
 
     def _proof(self, member: Member) -> Mapping[str, Any]:
         if member.key not in self.engine.bank.names:
@@ -203,7 +209,9 @@ class FolderDesk:
             self._for_peft[spec] = not_for_peft(adapter)
         return self._for_peft[spec]
 
-    def _report(self, member: Member, adapter: Adapter, metrics: Mapping[str, float], problem: tuple[str, ...]) -> Report:
+    def _report(
+        self, member: Member, adapter: Adapter, metrics: Mapping[str, float], problem: tuple[str, ...]
+    ) -> Report:
         course, schedule = member.course, member.schedule
         kept = member.best.step if member.best is not None and schedule.best else None
         return Report(

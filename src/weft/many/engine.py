@@ -30,7 +30,6 @@ from weft.train.trainer import rate_and_decay
 __all__ = ["Apart", "Engine", "Measured", "Move", "Settings"]
 
 
-
 @dataclass(frozen=True)
 class Settings:
     """What all adapters of a run share.
@@ -159,7 +158,9 @@ class Engine:
     @torch.no_grad()
     def restore(self, key: str, state: Mapping[str, Tensor]) -> None:
         """Be where `state` was taken."""
-        self.put(key, {name.removeprefix("factor/"): tensor for name, tensor in state.items() if name.startswith("factor/")})
+        self.put(
+            key, {name.removeprefix("factor/"): tensor for name, tensor in state.items() if name.startswith("factor/")}
+        )
         for name, tensor in self.moments(key).items():
             tensor.copy_(state[f"moment/{name}"])
 
@@ -178,7 +179,7 @@ class Engine:
         for part in self.forwards(pieces):
             with self.routed(part, seeded=True):
                 total, values, rows, weights = self._losses(part)
-                total.backward()
+                total.backward()  # type: ignore[no-untyped-call]
             sums, _ = by_row(values * weights[rows], rows, len(weights))
             for piece, own in _by_piece(part, sums):
                 assert piece.key is not None
@@ -282,7 +283,7 @@ class Apart(Engine):
 
     def moments(self, key: str) -> dict[str, Tensor]:
         """Adam's moments and step counts."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for group in self._optimizers[key].param_groups:
             (parameter,) = group["params"]
             state = self._optimizers[key].state[parameter]

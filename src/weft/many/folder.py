@@ -26,7 +26,17 @@ from weft.train.run import Folder, plain_json, write_beside
 
 __all__ = ["RESERVED", "ManyFolder"]
 
-RESERVED = ("users.json", "environment.json", "checkpoints", "report.html", "report.json", "sweep.json", "sweep.svg", "winner.yaml", ".lock")
+RESERVED = (
+    "users.json",
+    "environment.json",
+    "checkpoints",
+    "report.html",
+    "report.json",
+    "sweep.json",
+    "sweep.svg",
+    "winner.yaml",
+    ".lock",
+)
 
 
 class ManyFolder:
@@ -54,9 +64,13 @@ class ManyFolder:
         above = self.root.parent
         near = [child.name for child in above.iterdir() if (child / "users.json").is_file()] if above.is_dir() else []
         if (self.root / "recipe.yaml").is_file():
-            raise RunError(f"{self.root}: this is the run of one adapter; go on with it by weft train --resume {self.root}")
+            raise RunError(
+                f"{self.root}: this is the run of one adapter; go on with it by weft train --resume {self.root}"
+            )
         found = "a folder without users.json" if self.root.is_dir() else "nothing"
-        raise RunError(f"{self.root}: expected the folder of a many-run, got {found}.{did_you_mean(self.root.name, near)}")
+        raise RunError(
+            f"{self.root}: expected the folder of a many-run, got {found}.{did_you_mean(self.root.name, near)}"
+        )
 
     def check(self, overwrite: bool = False) -> None:
         """See that a new run can be made here; changes nothing.

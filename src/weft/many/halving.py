@@ -33,7 +33,9 @@ class Halving:
 
     def __post_init__(self) -> None:
         if self.keep < 1:
-            raise RecipeError(f"halving={self.keep}: one in so many goes on at a rung; expected at least 1 (1: all go on)")
+            raise RecipeError(
+                f"halving={self.keep}: one in so many goes on at a rung; expected at least 1 (1: all go on)"
+            )
 
     @property
     def shares(self) -> list[float]:

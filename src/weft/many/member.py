@@ -87,7 +87,15 @@ class Member:
     """
 
     def __init__(
-        self, name: str, key: str, recipe: Recipe, spec: LoraSpec, schedule: Schedule, inputs: Inputs, processes: int = 1, process: int = 0
+        self,
+        name: str,
+        key: str,
+        recipe: Recipe,
+        spec: LoraSpec,
+        schedule: Schedule,
+        inputs: Inputs,
+        processes: int = 1,
+        process: int = 0,
     ) -> None:
         self.name, self.key = name, key
         self.recipe, self.spec, self.schedule, self.inputs = recipe, spec, schedule, inputs
@@ -118,13 +126,20 @@ class Member:
         found = []
         for number, micro in enumerate(micros[self.process]):
             seeds = tuple(
-                stream_seed(self.recipe.seed, self.course.step, number, self.process, row) for row in range(len(micro.indices))
+                stream_seed(self.recipe.seed, self.course.step, number, self.process, row)
+                for row in range(len(micro.indices))
             )
             found.append(
                 Piece(
-                    self.key, [train[index] for index in micro.indices], 1 / max(1, learned), seeds, train.packed,
-                    train.kind == "classification", number, self.name,
-                )  # fmt: skip
+                    self.key,
+                    [train[index] for index in micro.indices],
+                    1 / max(1, learned),
+                    seeds,
+                    train.packed,
+                    train.kind == "classification",
+                    number,
+                    self.name,
+                )
             )
         return found
 

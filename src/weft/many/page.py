@@ -70,9 +70,7 @@ def page(report: ManyReport, title: str, picture: str = "", table: str = "") -> 
         "Losses are nats a token on each adapter's own evaluation data, without and with the adapter; without evaluation data, the training loss at first and at last.",
         *report.notes,
     ]
-    heads = "".join(
-        f'<th class="{kind}"><button type="button">{escape(name)}</button></th>' for name, kind in _COLUMNS
-    )
+    heads = "".join(f'<th class="{kind}"><button type="button">{escape(name)}</button></th>' for name, kind in _COLUMNS)
     body = "\n".join(_row(row) for row in report.rows)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

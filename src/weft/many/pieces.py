@@ -72,7 +72,9 @@ def compose(pieces: Sequence[Piece], budget: int, overhead: int = OVERHEAD) -> l
     place = {id(piece): number for number, piece in enumerate(pieces)}
     kinds = sorted({piece.kind for piece in pieces}, key=lambda kind: (kind[2], kind))
     for kind in kinds:
-        group = sorted((piece for piece in pieces if piece.kind == kind), key=lambda piece: (-piece.length, place[id(piece)]))
+        group = sorted(
+            (piece for piece in pieces if piece.kind == kind), key=lambda piece: (-piece.length, place[id(piece)])
+        )
         for first, last in _cuts([(piece.rows, piece.length) for piece in group], budget, overhead):
             forwards.append(sorted(group[first:last], key=lambda piece: place[id(piece)]))
     return forwards

@@ -43,7 +43,9 @@ class ManyProgress:
             self._bar.update(self._task, completed=left, note=note)
         elif time.monotonic() - self._said > EVERY:
             self._said = time.monotonic()
-            say(f"{left}/{self.total} users done, {len(rounds.active)} in the batch, round {rounds.number:,}, {speed:,.0f} tokens/s{bad}")
+            say(
+                f"{left}/{self.total} users done, {len(rounds.active)} in the batch, round {rounds.number:,}, {speed:,.0f} tokens/s{bad}"
+            )
 
     def tell(self, text: str) -> None:
         """A line of its own."""

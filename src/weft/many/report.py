@@ -127,10 +127,27 @@ class Runs(Mapping[str, Run]):
         return name in self._rows and self._rows[str(name)]["status"] != "failed"
 
 
-def row_of(name: str, key: str, member: Member | None, log: Sequence[Mapping[str, Any]], reason: str = "", digest: str = "") -> dict[str, Any]:
+def row_of(
+    name: str, key: str, member: Member | None, log: Sequence[Mapping[str, Any]], reason: str = "", digest: str = ""
+) -> dict[str, Any]:
     """The row of one adapter; of one whose data could not even be read, what is known."""
-    row: dict[str, Any] = {"name": name, "folder": key, "status": "failed" if reason else "end", "reason": reason, "warnings": []}
-    row |= {"examples": 0, "tokens": 0, "steps": 0, "base": {}, "adapter": {}, "curve": [], "digest": digest, "seconds": 0.0}
+    row: dict[str, Any] = {
+        "name": name,
+        "folder": key,
+        "status": "failed" if reason else "end",
+        "reason": reason,
+        "warnings": [],
+    }
+    row |= {
+        "examples": 0,
+        "tokens": 0,
+        "steps": 0,
+        "base": {},
+        "adapter": {},
+        "curve": [],
+        "digest": digest,
+        "seconds": 0.0,
+    }
     if member is None:
         return row
     course, inputs, spec = member.course, member.inputs, member.spec
@@ -155,7 +172,9 @@ def losses_of(row: Mapping[str, Any]) -> tuple[float | None, float | None]:
 
 def curve_of(log: Sequence[Mapping[str, Any]]) -> list[list[float]]:
     """Some points [step, training loss] of a log."""
-    points = [[row["step"], row["loss"]] for row in log if isinstance(row.get("loss"), float) and math.isfinite(row["loss"])]
+    points = [
+        [row["step"], row["loss"]] for row in log if isinstance(row.get("loss"), float) and math.isfinite(row["loss"])
+    ]
     if len(points) <= POINTS:
         return points
     picked = sorted({round(index * (len(points) - 1) / (POINTS - 1)) for index in range(POINTS)})

@@ -220,7 +220,9 @@ class Rounds:
         members = [member for member in members if member.inputs.evaluated is not None]
         for member, metrics, _ in self._metrics(members, of_base=True):
             member.course.base = metrics
-            self.desk.log(member, {"step": 0, "of": "base", **{f"eval_{name}": value for name, value in metrics.items()}})
+            self.desk.log(
+                member, {"step": 0, "of": "base", **{f"eval_{name}": value for name, value in metrics.items()}}
+            )
 
     def _evaluate(self, members: Sequence[Member]) -> None:
         for member, metrics, rows in self._metrics(members, of_base=False):
@@ -228,11 +230,17 @@ class Rounds:
             member.judge(metrics, lambda member=member: self.engine.copy(member.key))  # type: ignore[misc]
             if member.best is not before:
                 member.best_rows = [
-                    [float(total), int(count)] for item in rows for total, count in zip(item.sums, item.counts, strict=True)
+                    [float(total), int(count)]
+                    for item in rows
+                    for total, count in zip(item.sums, item.counts, strict=True)
                 ]
-            self.desk.log(member, {"step": member.course.step, **{f"eval_{name}": value for name, value in metrics.items()}})
+            self.desk.log(
+                member, {"step": member.course.step, **{f"eval_{name}": value for name, value in metrics.items()}}
+            )
 
-    def _metrics(self, members: Sequence[Member], of_base: bool) -> list[tuple[Member, dict[str, float], list[Measured]]]:
+    def _metrics(
+        self, members: Sequence[Member], of_base: bool
+    ) -> list[tuple[Member, dict[str, float], list[Measured]]]:
         """Everybody's evaluation, in mixed batches; each one's metrics are over its own rows."""
         pieces = [(member, piece) for member in members for piece in member.eval_pieces(of_base)]
         if not pieces:

@@ -40,7 +40,9 @@ def recipes_for(
                 hint = did_you_mean(strange[0], names)
                 raise RecipeError(f"{what} names {some_names(strange)}, of whom there are no data.{hint}")
             if missing:
-                raise RecipeError(f"{what} is given by name, but not for {some_names(missing)}; give one for each, or one for all")
+                raise RecipeError(
+                    f"{what} is given by name, but not for {some_names(missing)}; give one for each, or one for all"
+                )
     found = {}
     for name in names:
         own = recipe[name] if isinstance(recipe, Mapping) else recipe
@@ -65,14 +67,22 @@ def check_shared(recipes: Mapping[str, Recipe]) -> None:
                 f"{name} differs between recipes ({' and '.join(values)}; {some_names(odd)}), but all adapters of a run share one "
                 "base; give all the same, or make two runs"
             )
-    kinds = {recipe: user for user, recipe in reversed(recipes.items())}
+    kinds: dict[Recipe, str] = {}
+    for user, recipe in recipes.items():
+        kinds.setdefault(recipe, user)
     for recipe, user in kinds.items():
         where = f"{user!r}: " if len(kinds) > 1 else ""
         if recipe.optimizer not in ("adamw_torch", "adamw_torch_fused"):
-            raise RecipeError(f"{where}optimizer={recipe.optimizer!r}: many adapters at once are trained by adamw_torch; train alone for others")
+            raise RecipeError(
+                f"{where}optimizer={recipe.optimizer!r}: many adapters at once are trained by adamw_torch; train alone for others"
+            )
         if recipe.report_to:
-            raise RecipeError(f"{where}report_to={list(recipe.report_to)}: trackers know one run at a time; a many-run writes report.html and a log each")
+            raise RecipeError(
+                f"{where}report_to={list(recipe.report_to)}: trackers know one run at a time; a many-run writes report.html and a log each"
+            )
         if recipe.mixed_precision == "fp16":
-            raise RecipeError(f"{where}mixed_precision='fp16' scales all losses by one factor, which one user's overflow would change; use bf16 or no")
+            raise RecipeError(
+                f"{where}mixed_precision='fp16' scales all losses by one factor, which one user's overflow would change; use bf16 or no"
+            )
         if recipe.compile:
             raise RecipeError(f"{where}compile=true compiles for one adapter; leave it out here")

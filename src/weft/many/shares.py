@@ -48,7 +48,9 @@ def shares(data: Any, eval_data: Any = None, by: str | None = None) -> list[Shar
             nobody trains under.
     """
     if data is None:
-        raise DataError("no training data: give data, one file a user, or one file and the column that says whose a row is")
+        raise DataError(
+            "no training data: give data, one file a user, or one file and the column that says whose a row is"
+        )
     parts = _parts(data, by)
     if not parts:
         raise DataError("no training data: the list is empty")
@@ -65,7 +67,9 @@ def shares(data: Any, eval_data: Any = None, by: str | None = None) -> list[Shar
 def _parts(data: Any, by: str | None) -> dict[str, Any]:
     if isinstance(data, Mapping):
         if by is not None:
-            raise DataError(f"by={by!r} parts the rows of a file, and data is a mapping from names already; give one of them")
+            raise DataError(
+                f"by={by!r} parts the rows of a file, and data is a mapping from names already; give one of them"
+            )
         wrong = next((name for name in data if not isinstance(name, str) or not name.strip()), None)
         if wrong is not None:
             raise DataError(f"{wrong!r} is not the name of a user; expected text")
@@ -83,8 +87,10 @@ def _parts(data: Any, by: str | None) -> dict[str, Any]:
 
 def _sources(data: Any) -> list[Any]:
     """Sources one by one, patterns expanded."""
-    listed = isinstance(data, Sequence) and not isinstance(data, str) and all(
-        isinstance(item, str | os.PathLike) for item in data
+    listed = (
+        isinstance(data, Sequence)
+        and not isinstance(data, str)
+        and all(isinstance(item, str | os.PathLike) for item in data)
     )
     found: list[Any] = []
     for item in data if listed else [data]:

@@ -50,7 +50,9 @@ def save(rounds: Rounds, folder: Path, done: dict[str, dict[str, Any]]) -> Path:
     checkpoints.clean(folder)
     target = checkpoints.beside(folder, rounds.number)
     target.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / STATE, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, target / STATE, metadata={"format": "pt"}
+    )
     write_beside(target / checkpoints.TRAINER_STATE, json.dumps(plain_json(plain)) + "\n")
     path = checkpoints.publish(folder, rounds.number)
     checkpoints.rotate(folder, 1, None)

@@ -39,12 +39,18 @@ def plot(table: Sequence[Mapping[str, Any]]) -> str:
         path = " ".join(f"{x:.1f},{y(row['loss']):.1f}" for x, row in points)
         body.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5" stroke-opacity="0.6"/>')
         for x, row in points:
-            body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y(row["low"]):.1f}" y2="{y(row["high"]):.1f}" stroke="{color}" stroke-width="1.2"/>')
+            body.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y(row["low"]):.1f}" y2="{y(row["high"]):.1f}" stroke="{color}" stroke-width="1.2"/>'
+            )
             fill = "white" if row["status"] == "halved" else color
-            body.append(f'<circle cx="{x:.1f}" cy="{y(row["loss"]):.1f}" r="4" fill="{fill}" stroke="{color}" stroke-width="1.5"/>')
-        top = TOP + 18 * number
-        body.append(f'<circle cx="{WIDTH - RIGHT + 24}" cy="{top}" r="4" fill="{color}"/>')
-        body.append(f'<text x="{WIDTH - RIGHT + 34}" y="{top + 4}" font-size="12" fill="{INK}">{escape(name or across)}</text>')
+            body.append(
+                f'<circle cx="{x:.1f}" cy="{y(row["loss"]):.1f}" r="4" fill="{fill}" stroke="{color}" stroke-width="1.5"/>'
+            )
+        place = TOP + 18 * number
+        body.append(f'<circle cx="{WIDTH - RIGHT + 24}" cy="{place}" r="4" fill="{color}"/>')
+        body.append(
+            f'<text x="{WIDTH - RIGHT + 34}" y="{place + 4}" font-size="12" fill="{INK}">{escape(name or across)}</text>'
+        )
     best = table[0]
     x, top = places[str(best["settings"][across])], y(best["loss"])
     body.append(f'<circle cx="{x:.1f}" cy="{top:.1f}" r="9" fill="none" stroke="{INK}" stroke-width="1.5"/>')
@@ -55,7 +61,10 @@ def _across(table: Sequence[Mapping[str, Any]]) -> str:
     """The setting on the x axis: numbers first, then the one with most values."""
     names = list(table[0]["settings"])
     values = {name: {str(row["settings"][name]) for row in table} for name in names}
-    return max(names, key=lambda name: (all(_is_number(row["settings"][name]) for row in table), len(values[name])))
+    found: str = max(
+        names, key=lambda name: (all(_is_number(row["settings"][name]) for row in table), len(values[name]))
+    )
+    return found
 
 
 def _groups(table: Sequence[Mapping[str, Any]], across: str) -> dict[str, list[Mapping[str, Any]]]:
@@ -96,12 +105,18 @@ def _axes(places: Mapping[str, float], across: str, low: float, high: float, y: 
     for index in range(5):
         loss = low + (high - low) * index / 4
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(loss):.1f}" y2="{y(loss):.1f}" stroke="{GRID}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y(loss) + 4:.1f}" font-size="12" text-anchor="end" fill="{INK}">{loss:.4g}</text>')
+        parts.append(
+            f'<text x="{LEFT - 8}" y="{y(loss) + 4:.1f}" font-size="12" text-anchor="end" fill="{INK}">{loss:.4g}</text>'
+        )
     shown = list(places.items())
     for name, x in shown if len(shown) <= 8 else [shown[0], shown[len(shown) // 2], shown[-1]]:
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 20}" font-size="12" text-anchor="middle" fill="{INK}">{escape(name)}</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 20}" font-size="12" text-anchor="middle" fill="{INK}">{escape(name)}</text>'
+        )
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 14}" font-size="12" text-anchor="middle" fill="{SOFT}">{escape(across)}</text>')
+    parts.append(
+        f'<text x="{middle:.0f}" y="{HEIGHT - 14}" font-size="12" text-anchor="middle" fill="{SOFT}">{escape(across)}</text>'
+    )
     return parts
 
 

@@ -58,7 +58,13 @@ class SweepReport(ManyReport):
             width = max(len(label(row["settings"])) for row in self.table[:limit])
             lines += ["", f"{'':{width}}  {'loss':>8}  {'9 of 10 resamples':>19}  {'best in':>7}  {'steps':>6}"]
         for row in self.table[:limit]:
-            state = "" if row["status"] in ("end", "early") else "  given up" if row["status"] == "halved" else f"  {row['status']}"
+            state = (
+                ""
+                if row["status"] in ("end", "early")
+                else "  given up"
+                if row["status"] == "halved"
+                else f"  {row['status']}"
+            )
             lines.append(
                 f"{label(row['settings']):{width}}  {row['loss']:>8.4f}  {row['low']:>8.4f} … {row['high']:<8.4f}  {row['wins']:>7.0%}  {row['steps']:>6,}{state}"
             )
@@ -144,19 +150,28 @@ def sweep(
     return finish(run_plan(plan, folder, options, overwrite=overwrite, progress=progress), extra)
 
 
-def resumed_plan(given: Mapping[str, Any], recipes: Mapping[str, Recipe], stored: Mapping[str, Any], extra: Mapping[str, Any]) -> Plan:
+def resumed_plan(
+    given: Mapping[str, Any], recipes: Mapping[str, Recipe], stored: Mapping[str, Any], extra: Mapping[str, Any]
+) -> Plan:
     """The plan of a sweep that goes on."""
     return _plan(given["base"], given["data"], given["eval_data"], recipes, stored, extra)
 
 
 def _plan(
-    base: BaseLike, data: Any, eval_data: Any, recipes: Mapping[str, Recipe], inputs: Mapping[str, Any], extra: Mapping[str, Any]
+    base: BaseLike,
+    data: Any,
+    eval_data: Any,
+    recipes: Mapping[str, Recipe],
+    inputs: Mapping[str, Any],
+    extra: Mapping[str, Any],
 ) -> Plan:
     """Everybody learns from one part of the data, and is judged on the other."""
     if data is None:
         raise DataError("no training data: give data (--data FILE)")
     if eval_data is None:
-        raise DataError("a sweep is judged on evaluation data, and there are none: hold some out (eval_data=0.1, --eval 0.1), or give a file")
+        raise DataError(
+            "a sweep is judged on evaluation data, and there are none: hold some out (eval_data=0.1, --eval 0.1), or give a file"
+        )
     train, held = _examples(next(iter(recipes.values())), data, eval_data, int(extra["sweep"]["seed"]))
     halving = Halving(len(recipes), int(extra["sweep"]["halving"]))
     shares = {name: Share(name, train, held) for name in recipes}
@@ -182,9 +197,13 @@ def finish(runs: Runs, extra: Mapping[str, Any]) -> SweepRuns:
     winner = str(table[0]["names"][0]) if table else None
     plain = ManyReport.to_dict(runs.report)
     if any(row["status"] == "halved" for row in table):
-        plain["notes"].append("what was given up is compared as it was then, with fewer steps than the others; --halving 1 trains all to the end")
+        plain["notes"].append(
+            "what was given up is compared as it was then, with fewer steps than the others; --halving 1 trains all to the end"
+        )
     plain["rows"] = tuple({key: value for key, value in row.items() if key != "eval_rows"} for row in plain["rows"])
-    report = SweepReport(**{**plain, "notes": tuple(plain["notes"])}, winner=winner, table=tuple(table), by_field=fields)
+    report = SweepReport(
+        **{**plain, "notes": tuple(plain["notes"])}, winner=winner, table=tuple(table), by_field=fields
+    )
     if int(os.environ.get("RANK", "0")) == 0:
         _write(runs.path, report, rows)
     return SweepRuns(runs.path, report)
@@ -193,7 +212,11 @@ def finish(runs: Runs, extra: Mapping[str, Any]) -> SweepRuns:
 def _write(path: Path, report: SweepReport, rows: Mapping[str, Mapping[str, Any]]) -> None:
     picture = plot(report.table)
     write_beside(path / "sweep.svg", picture)
-    write_beside(path / "sweep.json", json.dumps(plain_json({"winner": report.winner, "table": report.table, "by_field": report.by_field}), indent=1) + "\n")
+    write_beside(
+        path / "sweep.json",
+        json.dumps(plain_json({"winner": report.winner, "table": report.table, "by_field": report.by_field}), indent=1)
+        + "\n",
+    )
     if report.winner is not None:
         shutil.copyfile(path / str(rows[report.winner]["folder"]) / "recipe.yaml", path / "winner.yaml")
     write_beside(path / "report.html", page(report, path.name, picture, report.text()))
@@ -206,7 +229,9 @@ def _table(
     groups: dict[str, list[str]] = {}
     for name, values in settings.items():
         if name in rows and rows[name]["status"] != "failed" and rows[name].get("eval_rows"):
-            groups.setdefault(label({key: value for key, value in values.items() if key != "seed"}) or name, []).append(name)
+            groups.setdefault(label({key: value for key, value in values.items() if key != "seed"}) or name, []).append(
+                name
+            )
     members = list(groups.values())
     sizes = [len(rows[names[0]]["eval_rows"]) for names in members]
     members = [names for names, size in zip(members, sizes, strict=True) if size == max(sizes)]
@@ -216,7 +241,10 @@ def _table(
     # a combination that was given up has had fewer steps: it does not win against one that was trained to its end
     order = sorted(
         range(len(members)),
-        key=lambda index: (all(rows[name]["status"] == "halved" for name in members[index]), _judged(rows, members[index], comparison.losses[index])),
+        key=lambda index: (
+            all(rows[name]["status"] == "halved" for name in members[index]),
+            _judged(rows, members[index], float(comparison.losses[index])),
+        ),
     )
     table = []
     for index in order:
@@ -234,8 +262,8 @@ def _judged(rows: Mapping[str, Mapping[str, Any]], names: Sequence[str], loss: f
     """What decides, turned so that less is better: the recipe's metric, which mostly is the loss."""
     metric = str(rows[names[0]].get("metric", "eval_loss"))
     if metric in ("eval_loss", "eval_perplexity"):
-        return float(loss)
-    mean = sum(rows[name]["adapter"][metric.removeprefix("eval_")] for name in names) / len(names)
+        return loss
+    mean: float = sum(rows[name]["adapter"][metric.removeprefix("eval_")] for name in names) / len(names)
     return -mean if METRICS[metric] == "higher" else mean
 
 
@@ -247,6 +275,9 @@ def _by_field(
     found: dict[str, dict[str, float]] = {}
     for field in (name for name in next(iter(settings.values())) if name != "seed"):
         values = list(dict.fromkeys(str(settings[names[0]][field]) for names in groups))
-        members = {value: [index for index, names in enumerate(groups) if str(settings[names[0]][field]) == value] for value in values}
+        members = {
+            value: [index for index, names in enumerate(groups) if str(settings[names[0]][field]) == value]
+            for value in values
+        }
         found[field] = {value: comparison.wins_of(indices) for value, indices in members.items()}
     return found

@@ -23,7 +23,12 @@ __all__ = ["Together", "stacks"]
 
 def stacks(spec: LoraSpec) -> bool:
     """Whether adapters of this spec are trained in the stacks: nothing in it is trained whole or reads the data first."""
-    return not spec.save_modules and spec.bias == "none" and spec.init not in ("eva", "lora_ga") and not spec.target_parameters
+    return (
+        not spec.save_modules
+        and spec.bias == "none"
+        and spec.init not in ("eva", "lora_ga")
+        and not spec.target_parameters
+    )
 
 
 class Together(Engine):
@@ -56,7 +61,9 @@ class Together(Engine):
         if key in self._alone:
             return self.apart.parts(key)
         return {
-            f"{leaf.path}.{leaf.part}": leaf.parameter.detach()[leaf.lines[key]] for leaf in self.pool.leaves if key in leaf.lines
+            f"{leaf.path}.{leaf.part}": leaf.parameter.detach()[leaf.lines[key]]
+            for leaf in self.pool.leaves
+            if key in leaf.lines
         }
 
     def moments(self, key: str) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from weft.data import load_examples
 from weft.errors import RecipeError, RunError, RunStoppedError, WeftError
@@ -148,7 +147,13 @@ def train_many(
 
 
 def run_plan(
-    plan: Plan, folder: ManyFolder, options: Options, *, resume: bool = False, overwrite: bool = False, progress: bool | None = None
+    plan: Plan,
+    folder: ManyFolder,
+    options: Options,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool | None = None,
 ) -> Runs:
     """Run what was planned, or go on with it."""
     recipe = next(iter(plan.recipes.values()))
@@ -170,7 +175,9 @@ def run_plan(
                 recipe.mixed_precision == "auto" and not cpu and torch.cuda.is_bf16_supported()
             )
             engine: Engine = kind(model, bank, tokenizer, Settings(budget, bf16, world.reducer()))
-            done, rounds, notes = _go(plan, folder, options, engine, world, keys, labels, known, resume, progress, tokenizer)
+            done, rounds, notes = _go(
+                plan, folder, options, engine, world, keys, labels, known, resume, progress, tokenizer
+            )
             return _close(folder, world, done, rounds, options, notes)
 
 
@@ -188,16 +195,16 @@ def _go(
         Counter(stop, options.save_every), labels, plan.steps_of, plan.steps_of is not None,
     )  # fmt: skip
     desk.checkpoints.mkdir(parents=True, exist_ok=True)
-    rounds = Rounds(
-        engine, desk, options.slots, own, plan.judge_rung, world.share(), world.measurer(engine.measure)
-    )
+    rounds = Rounds(engine, desk, options.slots, own, plan.judge_rung, world.share(), world.measurer(engine.measure))
     try:
         if resume:
             found = state.resume(rounds, desk.checkpoints, desk.reopen)
             desk.rows = found or {}
             for member in rounds.active:
                 folder.of(member.key).rewind_log(member.course.step)
-            shown.tell(f"going on from round {rounds.number}" if found is not None else "no checkpoint yet: from the start")
+            shown.tell(
+                f"going on from round {rounds.number}" if found is not None else "no checkpoint yet: from the start"
+            )
         with stop.listening():
             rounds.run()
     finally:
@@ -211,7 +218,12 @@ def _go(
 
 
 def _close(
-    folder: ManyFolder, world: World, rows: Mapping[str, Mapping[str, Any]], rounds: Rounds, options: Options, notes: tuple[str, ...]
+    folder: ManyFolder,
+    world: World,
+    rows: Mapping[str, Mapping[str, Any]],
+    rounds: Rounds,
+    options: Options,
+    notes: tuple[str, ...],
 ) -> Runs:
     """The report over all processes."""
     part = {"rows": list(rows.values()), "tokens": rounds.tokens, "seconds": rounds.seconds, "rounds": rounds.number}
@@ -237,7 +249,13 @@ def _close(
 
 
 def _start(
-    plan: Plan, folder: ManyFolder, keys: Mapping[str, str], known: Mapping[str, Any], resume: bool, overwrite: bool, options: Options
+    plan: Plan,
+    folder: ManyFolder,
+    keys: Mapping[str, str],
+    known: Mapping[str, Any],
+    resume: bool,
+    overwrite: bool,
+    options: Options,
 ) -> Any:
     """Make the folder, or see that it is the same run. Returns the lock."""
     if resume:
@@ -246,7 +264,13 @@ def _start(
     folder.create(overwrite)
     lock = folder.lock()
     folder.save_users(keys, plan.recipes)
-    kept = {"inputs": plan.inputs, "slots": options.slots, "tokens": options.tokens, "apart": options.apart, "extra": plan.extra or {}}
+    kept = {
+        "inputs": plan.inputs,
+        "slots": options.slots,
+        "tokens": options.tokens,
+        "apart": options.apart,
+        "extra": plan.extra or {},
+    }
     folder.save_environment({**describe_environment(), **known, **kept})
     return lock
 
@@ -267,7 +291,13 @@ def _check_same(folder: ManyFolder, known: Mapping[str, Any]) -> None:
 
 
 def _resumed(
-    folder: ManyFolder, base: BaseLike, data: Any, eval_data: Any, settings: tuple[Any, Any], options: Options, progress: bool | None
+    folder: ManyFolder,
+    base: BaseLike,
+    data: Any,
+    eval_data: Any,
+    settings: tuple[Any, Any],
+    options: Options,
+    progress: bool | None,
 ) -> Runs:
     """Go on with the run in a folder; what can't be read from it has to be given again."""
     folder.require()
@@ -279,11 +309,15 @@ def _resumed(
     given = {"base": base, "data": data, "eval_data": eval_data}
     for name, value in given.items():
         if value is None and _is_object(stored.get(name)):
-            raise RunError(f"{folder.root}: this run's {name} was an object, which can't be read from the folder; give {name} again")
+            raise RunError(
+                f"{folder.root}: this run's {name} was an object, which can't be read from the folder; give {name} again"
+            )
         given[name] = stored.get(name) if value is None else value
     _, recipes = folder.read_users()
     if any(value is not None for value in settings):
-        raise RecipeError(f"{folder.root}: a resumed run keeps its recipes; leave spec and recipe out, or start a new run")
+        raise RecipeError(
+            f"{folder.root}: a resumed run keeps its recipes; leave spec and recipe out, or start a new run"
+        )
     chosen = replace(options, slots=environment["slots"], tokens=environment["tokens"], apart=environment["apart"])
     if extra.get("sweep"):
         from weft.many.sweeping import resumed_plan
@@ -293,7 +327,9 @@ def _resumed(
         parts = {share.name: share for share in shares(given["data"], given["eval_data"], stored.get("by"))}
         if set(parts) != set(recipes):
             odd = sorted(set(parts) ^ set(recipes))
-            raise RunError(f"{folder.root}: the data now have other users than the run: {', '.join(odd[:6])}; bring the files back, or start a new run")
+            raise RunError(
+                f"{folder.root}: the data now have other users than the run: {', '.join(odd[:6])}; bring the files back, or start a new run"
+            )
         plan = Plan(given["base"], parts, recipes, stored)
     if process_count() > 1:
         chosen = replace(chosen, processes=environment["mode"])
@@ -318,7 +354,9 @@ def _labels(plan: Plan) -> tuple[str, ...] | None:
             return None
         try:
             examples = load_examples(
-                share.data, columns=dict(recipe.columns) if recipe.columns else None, kind=None if recipe.kind == "auto" else recipe.kind
+                share.data,
+                columns=dict(recipe.columns) if recipe.columns else None,
+                kind=None if recipe.kind == "auto" else recipe.kind,
             )
         except WeftError:
             continue  # said when the user's turn comes

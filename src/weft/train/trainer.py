@@ -110,7 +110,10 @@ class AdapterTrainer(Trainer):
         """
         step = self.state.global_step
         self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
-        with own_stream(stream_seed(self.args.seed, *self._micro, self.args.process_index)), self._dropping(args, kwargs):
+        with (
+            own_stream(stream_seed(self.args.seed, *self._micro, self.args.process_index)),
+            self._dropping(args, kwargs),
+        ):
             loss: Tensor = super().training_step(*args, **kwargs)
         if not bool(torch.isfinite(loss)):
             raise NotFiniteError(self._diverged(f"the loss is {float(loss)}"))

@@ -26,6 +26,7 @@ from weft.identity import Fingerprint
 from weft.models.attach import attach
 from weft.spec import LoraSpec
 from weft.train import checkpoints
+from weft.train.ends import unlearned_end
 from weft.train.inputs import Inputs, Texts, prepare, read
 from weft.train.opening import BaseLike, as_before, open_base, with_head
 from weft.train.progress import say
@@ -36,7 +37,17 @@ from weft.train.schedule import Facts, Schedule, settle
 from weft.train.session import Outcome, Session, check_names, training_arguments
 from weft.train.sharding import check_whole
 
-__all__ = ["digests_of", "dtype_of", "facts_of", "name_of", "not_for_peft", "one_recipe", "process_count", "provenance_of", "train"]
+__all__ = [
+    "digests_of",
+    "dtype_of",
+    "facts_of",
+    "name_of",
+    "not_for_peft",
+    "one_recipe",
+    "process_count",
+    "provenance_of",
+    "train",
+]
 
 SLOT = "trained"
 OBJECT = "(given)"
@@ -185,10 +196,15 @@ def _train(call: _Call, job: _Job, texts: Texts, model: nn.Module, tokenizer: An
     with attach(model, {SLOT: spec}, batches=batches, seed=recipe.seed) as bank:
         begin = bank.adapter(SLOT)
         assert begin.provenance.base is not None
-        known = {"fingerprint": begin.provenance.base.to_dict(), "data": digests_of(inputs), "processes": process_count()}
+        known = {
+            "fingerprint": begin.provenance.base.to_dict(),
+            "data": digests_of(inputs),
+            "processes": process_count(),
+        }
         if call.resume:
             _check_same(folder, known)
-        notes = (*inputs.notes, *bank.notes(SLOT), *(problem := not_for_peft(begin)))
+        end = unlearned_end(model, tokenizer, begin.sites, begin.modules) if inputs.train.kind == "completion" else None
+        notes = (*inputs.notes, *bank.notes(SLOT), *((end,) if end else ()), *(problem := not_for_peft(begin)))
         environment = describe_environment() | known | {"inputs": job.names()}
         provenance = provenance_of(inputs, recipe, schedule, environment["versions"])
         with contextlib.ExitStack() as stack:
@@ -238,6 +254,7 @@ def not_for_peft(adapter: Adapter) -> tuple[str, ...]:
 
 
 def provenance_of(inputs: Inputs, recipe: Recipe, schedule: Schedule, versions: Mapping[str, str]) -> Provenance:
+    """Where an adapter comes from, as far as it is known before the training."""
     kept = ("source", "digest", "examples", "kind", "labels")
     data = ({"role": role, **{name: part[name] for name in kept if name in part}} for role, part in inputs.data.items())
     settled = {"spec": None, "learning_rate": schedule.learning_rate, "steps": schedule.steps}
@@ -274,6 +291,7 @@ def _report(
 
 
 def one_recipe(spec: LoraSpec | None, recipe: Recipe | None) -> Recipe:
+    """The recipe with the spec in it; a spec that is given beside it wins."""
     recipe = recipe or Recipe()
     if spec is None:
         return recipe
@@ -327,6 +345,7 @@ def _check_same(folder: Folder, known: Mapping[str, Any]) -> None:
 
 
 def facts_of(inputs: Inputs, model: nn.Module, recipe: Recipe, spec: LoraSpec) -> Facts:
+    """What a schedule is settled by."""
     import torch
 
     config: Any = getattr(model, "config", None)
@@ -345,6 +364,7 @@ def facts_of(inputs: Inputs, model: nn.Module, recipe: Recipe, spec: LoraSpec) -
 
 
 def digests_of(inputs: Inputs) -> dict[str, str]:
+    """Digests of the data by role."""
     return {role: part["digest"] for role, part in inputs.data.items()}
 
 
@@ -359,8 +379,10 @@ def name_of(value: Any) -> Any:
 
 
 def process_count() -> int:
+    """Processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def dtype_of(recipe: Recipe) -> str | None:
+    """The dtype that a base is to be loaded in; None: as stored."""
     return None if recipe.dtype == "auto" else recipe.dtype

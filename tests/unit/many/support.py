@@ -11,7 +11,10 @@ def user_rows(number: int, count: int | None = None) -> list[dict[str, str]]:
     """A user's examples: repeat a letter, in that user's own way."""
     letters = "abcdefghij"[: 3 + number % 3]
     rows = [
-        {"prompt": f"{letter * (1 + turn % (2 + number % 3))}{number}?", "completion": letter * (1 + (turn + number) % 4)}
+        {
+            "prompt": f"{letter * (1 + turn % (2 + number % 3))}{number}?",
+            "completion": letter * (1 + (turn + number) % 4),
+        }
         for turn in range(3)
         for letter in letters
     ]

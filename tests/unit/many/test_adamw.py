@@ -18,7 +18,9 @@ def stacks(dtype: torch.dtype) -> list[Lines]:
         owner = torch.tensor([0, 0, 1, 2, 2, 2, 4, 4]) if part in "AB" else torch.tensor([0, 1, 2, 4])
         owner = owner[torch.randperm(len(owner))]
         value = torch.randn(len(owner), width, dtype=dtype)
-        found.append(Lines(value, torch.randn_like(value), torch.zeros_like(value), torch.zeros_like(value), owner, part))
+        found.append(
+            Lines(value, torch.randn_like(value), torch.zeros_like(value), torch.zeros_like(value), owner, part)
+        )
     return found
 
 
@@ -26,7 +28,10 @@ def stacks(dtype: torch.dtype) -> list[Lines]:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_every_slot_moves_as_if_it_were_alone(dtype: torch.dtype, alike: bool) -> None:
     lines = stacks(dtype)
-    copies = [Lines(*(tensor.clone() for tensor in (item.value, item.grad, item.first, item.second, item.owner)), item.part) for item in lines]
+    copies = [
+        Lines(*(tensor.clone() for tensor in (item.value, item.grad, item.first, item.second, item.owner)), item.part)
+        for item in lines
+    ]
     clips = {0: 1.0, 1: 0.0, 2: 0.1, 4: 100.0}
     states: dict[int, torch.optim.AdamW] = {}
     started = torch.tensor([0, 0, 0, 0, 0], dtype=torch.float64)
@@ -38,7 +43,9 @@ def test_every_slot_moves_as_if_it_were_alone(dtype: torch.dtype, alike: bool) -
         rates = Rates(10 ** torch.empty(SLOTS, dtype=torch.float64).uniform_(-4, -1), torch.tensor([1, 16, 1, 1, 4.0]).double(),
                       torch.tensor([0.0, 0.01, 0.5, 0, 0.1]).double(), started)  # fmt: skip
         if alike:
-            rates = Rates(*(values[4].expand(SLOTS).clone() for values in (rates.rate, rates.ratio, rates.decay, rates.steps)))
+            rates = Rates(
+                *(values[4].expand(SLOTS).clone() for values in (rates.rate, rates.ratio, rates.decay, rates.steps))
+            )
         reference_adamw(copies, rates, clips, states)
         norms = norms_by_slot(lines, SLOTS)
         clip_(lines, norms, torch.tensor([clips.get(slot, 0.0) for slot in range(SLOTS)]).double())
@@ -53,7 +60,9 @@ def test_a_slot_that_does_not_move_stays_as_it_is() -> None:
     for item in lines:
         item.grad[item.owner == 2] = 0
     rate = torch.tensor([0.1, 0.1, 0.0, 0.0, 0.1]).double()
-    move_(lines, Rates(rate, torch.ones(SLOTS).double(), torch.full((SLOTS,), 0.1).double(), torch.ones(SLOTS).double()))
+    move_(
+        lines, Rates(rate, torch.ones(SLOTS).double(), torch.full((SLOTS,), 0.1).double(), torch.ones(SLOTS).double())
+    )
     for item, value in zip(lines, before, strict=True):
         assert torch.equal(item.value[item.owner == 2], value[item.owner == 2])
         assert not torch.equal(item.value[item.owner == 1], value[item.owner == 1])
@@ -65,7 +74,8 @@ def test_norms_and_clipping_are_by_slot() -> None:
     lines[0].grad[lines[0].owner == 0] = float("nan")
     lines[1].grad[lines[1].owner == 1] *= 1e6
     expected = [
-        torch.cat([item.grad[item.owner == slot].flatten() for item in lines]).norm() if slot != 3 else torch.zeros(()) for slot in range(SLOTS)
+        torch.cat([item.grad[item.owner == slot].flatten() for item in lines]).norm() if slot != 3 else torch.zeros(())
+        for slot in range(SLOTS)
     ]
     quiet = [item.grad[item.owner == 2].clone() for item in lines]
     norms = norms_by_slot(lines, SLOTS)

@@ -45,7 +45,11 @@ def test_one_rows_nan_stays_in_its_row() -> None:
     total, values = _HeadLoss.apply(hidden, torch.randn(5, 4), None, torch.randint(5, (6,)), torch.ones(6))
     total.backward()
     assert hidden.grad is not None
-    assert torch.isfinite(values).tolist() == torch.isfinite(hidden.grad).all(1).tolist() == [True, True, False, True, True, True]
+    assert (
+        torch.isfinite(values).tolist()
+        == torch.isfinite(hidden.grad).all(1).tolist()
+        == [True, True, False, True, True, True]
+    )
 
 
 @pytest.mark.parametrize("factory", [tiny_llama, tiny_gpt2])

@@ -44,7 +44,8 @@ def test_any_names(names: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "folder"), [("alice", "alice"), ("First Citizen", "First_Citizen"), ("../x", "x"), ("Zoë.2", "Zoë.2"), ("王", "王")]
+    ("name", "folder"),
+    [("alice", "alice"), ("First Citizen", "First_Citizen"), ("../x", "x"), ("Zoë.2", "Zoë.2"), ("王", "王")],
 )
 def test_harmless_names_are_readable(name: str, folder: str) -> None:
     assert folder_names([name]) == {name: folder}

@@ -34,7 +34,8 @@ def reference(pieces: list[Piece], budget: int, overhead: int) -> int:
 def test_no_other_cut_computes_less() -> None:
     for _ in range(100):
         pieces = [
-            piece(str(number), *(random.randint(1, 40) for _ in range(random.randint(1, 4)))) for number in range(random.randint(1, 7))
+            piece(str(number), *(random.randint(1, 40) for _ in range(random.randint(1, 4))))
+            for number in range(random.randint(1, 7))
         ]
         budget, overhead = random.choice([30, 100, 400, 10_000]), random.choice([0, 5, 60])
         found = compose(pieces, budget, overhead)
@@ -54,7 +55,13 @@ def test_short_users_cost_little() -> None:
 
 
 def test_kinds_and_micro_batches_are_never_mixed() -> None:
-    pieces = [piece("a", 5), piece("a", 5, micro=1), piece("b", 5, packed=True), piece("c", 5, classifies=True), piece("d", 5, micro=1)]
+    pieces = [
+        piece("a", 5),
+        piece("a", 5, micro=1),
+        piece("b", 5, packed=True),
+        piece("c", 5, classifies=True),
+        piece("d", 5, micro=1),
+    ]
     found = compose(pieces, 4096)
     assert sorted("".join(item.key or "" for item in part) for part in found) == ["a", "ad", "b", "c"]
     assert [part[0].micro for part in found] == sorted(part[0].micro for part in found)

@@ -28,7 +28,9 @@ ROOT = Path(__file__).parents[3]
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(weft.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
 }
-RECIPE = Recipe(weft.LoraSpec(rank=3, dropout=0.1), max_steps=12, learning_rate=1e-2, batch_size=3, accumulation=2, eval_every=4)
+RECIPE = Recipe(
+    weft.LoraSpec(rank=3, dropout=0.1), max_steps=12, learning_rate=1e-2, batch_size=3, accumulation=2, eval_every=4
+)
 
 
 @pytest.fixture
@@ -45,9 +47,15 @@ def check_same(found: Runs, expected: Runs) -> None:
     assert list(found) == list(expected)
     for name in expected:
         assert same(found[name].adapter, expected[name].adapter), name
-        plain = [[{key: value for key, value in row.items() if key != "seconds"} for row in runs[name].log] for runs in (found, expected)]
+        plain = [
+            [{key: value for key, value in row.items() if key != "seconds"} for row in runs[name].log]
+            for runs in (found, expected)
+        ]
         assert plain[0] == plain[1], "and the log is that of one run"
-    rows = [[{key: value for key, value in row.items() if key != "seconds"} for row in runs.report.rows] for runs in (found, expected)]
+    rows = [
+        [{key: value for key, value in row.items() if key != "seconds"} for row in runs.report.rows]
+        for runs in (found, expected)
+    ]
     assert rows[0] == rows[1]
 
 
@@ -79,14 +87,23 @@ def test_kill_minus_nine_and_resume_gives_the_same_adapters(tmp_path: Path, smal
     assert not (out / "user4" / "report.json").exists(), "and somebody was not"
     resumed = weft.train_many(out=out, resume=True, progress=False)
     check_same(resumed, whole)
-    assert weft.train_many(out=out, resume=True)["user0"].adapter == resumed["user0"].adapter, "a finished run is returned as it is"
+    assert weft.train_many(out=out, resume=True)["user0"].adapter == resumed["user0"].adapter, (
+        "a finished run is returned as it is"
+    )
 
 
 @pytest.mark.parametrize("after", [2, 9, 20])
 def test_a_run_that_is_stopped_says_how_it_goes_on_and_does(
     after: int, tmp_path: Path, small_dir: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {"base": small_dir, "data": files[:3], "eval_data": 0.2, "slots": 2, "progress": False, "recipe": RECIPE}
+    given: dict[str, Any] = {
+        "base": small_dir,
+        "data": files[:3],
+        "eval_data": 0.2,
+        "slots": 2,
+        "progress": False,
+        "recipe": RECIPE,
+    }
     whole = weft.train_many(**given, out=tmp_path / "whole")
     done = FolderDesk.round_done
 
@@ -105,7 +122,12 @@ def test_a_run_that_is_stopped_says_how_it_goes_on_and_does(
 def test_a_killed_process_before_its_first_checkpoint_begins_anew(
     tmp_path: Path, small_dir: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {"base": small_dir, "data": files[:2], "progress": False, "recipe": RECIPE.replace(max_steps=4, eval_every=None)}
+    given: dict[str, Any] = {
+        "base": small_dir,
+        "data": files[:2],
+        "progress": False,
+        "recipe": RECIPE.replace(max_steps=4, eval_every=None),
+    }
     whole = weft.train_many(**given, out=tmp_path / "whole")
 
     def power_cut(self: FolderDesk, rounds: Rounds) -> bool:
@@ -123,7 +145,13 @@ def test_a_killed_process_before_its_first_checkpoint_begins_anew(
 def test_a_resumed_run_keeps_base_data_and_recipes(
     tmp_path: Path, small_dir: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {"base": small_dir, "data": files[:2], "progress": False, "save_every": 1, "recipe": RECIPE.replace(max_steps=4, eval_every=None)}
+    given: dict[str, Any] = {
+        "base": small_dir,
+        "data": files[:2],
+        "progress": False,
+        "save_every": 1,
+        "recipe": RECIPE.replace(max_steps=4, eval_every=None),
+    }
 
     def cut(self: Rounds) -> None:
         if self.number == 2:
@@ -151,7 +179,9 @@ def test_a_resumed_run_keeps_base_data_and_recipes(
     assert len(weft.train_many(out=tmp_path / "cut", resume=True, progress=False)) == 2
 
 
-def test_a_sweep_is_resumed_at_its_rungs(tmp_path: Path, small_dir: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_is_resumed_at_its_rungs(
+    tmp_path: Path, small_dir: Path, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: dict[str, Any] = {
         "base": small_dir, "data": files[2], "eval_data": 0.3, "slots": 2, "progress": False, "halving": 2, "save_every": 1,
         "recipe": Recipe(max_steps=8, batch_size=4, eval_every=1), "grid": {"rank": [1, 2], "learning_rate": [1e-3, 1e-2]},
@@ -194,7 +224,9 @@ def test_two_processes(mode: str, tmp_path: Path, small_dir: Path, files: list[P
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert not done.returncode, done.stderr[-3000:]
     alike = recipe if mode == "users" else recipe.replace(batch_size=4)
-    expected = weft.train_many(base=small_dir, data=files, eval_data=0.2, slots=2, recipe=alike, out=tmp_path / "one", progress=False)
+    expected = weft.train_many(
+        base=small_dir, data=files, eval_data=0.2, slots=2, recipe=alike, out=tmp_path / "one", progress=False
+    )
     found = Runs.open(tmp_path / mode)
     assert set(found) == set(expected)
     for name in expected:

@@ -11,7 +11,9 @@ from weft.data import load_examples
 from weft.errors import DataError
 from weft.many.shares import shares
 
-ROWS = [{"prompt": f"p{i}", "completion": f"c{i}", "user": name} for i, name in enumerate(["ann", "bob", "ann", 7, "bob"])]
+ROWS = [
+    {"prompt": f"p{i}", "completion": f"c{i}", "user": name} for i, name in enumerate(["ann", "bob", "ann", 7, "bob"])
+]
 
 
 @pytest.fixture

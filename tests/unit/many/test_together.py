@@ -41,14 +41,18 @@ def check(base: Pair, count: int, steps: int, folder: Path, tolerance: torch.dty
     data = {f"user {number}": user_rows(number, 5 + number) for number in range(count)}
     recipes = {name: recipe_for(number, steps) for number, name in enumerate(data)}
     common: dict[str, Any] = {"base": base, "eval_data": 0.2, "progress": False}
-    runs = weft.train_many(**common, data=data, recipe=recipes, out=folder / "many", slots=max(2, count * 3 // 4), tokens=200)
+    runs = weft.train_many(
+        **common, data=data, recipe=recipes, out=folder / "many", slots=max(2, count * 3 // 4), tokens=200
+    )
     assert not runs.report.failed
     allowed = TOLERANCES[tolerance]
     for number in alone:
         name = f"user {number}"
         run = weft.train(**common, data=data[name], recipe=recipes[name], out=folder / f"alone-{number}")
         error, size = furthest(runs[name].adapter, run.adapter)
-        assert error <= allowed.atol + allowed.rtol * size, f"{name}: off by {error:.3g} of {size:.3g} ({recipes[name]})"
+        assert error <= allowed.atol + allowed.rtol * size, (
+            f"{name}: off by {error:.3g} of {size:.3g} ({recipes[name]})"
+        )
         ours, theirs = runs[name].report, run.report
         assert (ours.steps, ours.best_step, ours.stopped) == (theirs.steps, theirs.best_step, theirs.stopped)
         if recipes[name].batching != "packed":  # where weft.train counts padding too
@@ -64,18 +68,33 @@ def test_some_adapters_together_and_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, torch.float64), (torch.float32, "steps")])
-def test_sixteen_adapters_together_and_alone_for_a_hundred_steps(dtype: torch.dtype, tolerance: torch.dtype | str, tmp_path: Path) -> None:
+def test_sixteen_adapters_together_and_alone_for_a_hundred_steps(
+    dtype: torch.dtype, tolerance: torch.dtype | str, tmp_path: Path
+) -> None:
     check(byte_base(dtype=dtype), 16, 100, tmp_path, tolerance, range(16))
 
 
-def test_one_after_another_is_the_single_trainer_bit_by_bit(small: Pair, users: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_after_another_is_the_single_trainer_bit_by_bit(
+    small: Pair, users: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The slow engine, with dropout and accumulation: the same bytes as weft.train."""
     monkeypatch.setattr(training, "_fast", lambda: Apart)
-    recipe = Recipe(weft.LoraSpec(rank=3, dropout=0.1), max_steps=7, learning_rate=1e-2, batch_size=3, accumulation=2, eval_every=3)
+    recipe = Recipe(
+        weft.LoraSpec(rank=3, dropout=0.1), max_steps=7, learning_rate=1e-2, batch_size=3, accumulation=2, eval_every=3
+    )
     names = ["user 1", "user 4"]
-    runs = weft.train_many(base=small, data={name: users[name] for name in names}, eval_data=0.2, recipe=recipe, out=tmp_path / "many", progress=False)
+    runs = weft.train_many(
+        base=small,
+        data={name: users[name] for name in names},
+        eval_data=0.2,
+        recipe=recipe,
+        out=tmp_path / "many",
+        progress=False,
+    )
     for name in names:
-        alone = weft.train(base=small, data=users[name], eval_data=0.2, recipe=recipe, out=tmp_path / name, progress=False)
+        alone = weft.train(
+            base=small, data=users[name], eval_data=0.2, recipe=recipe, out=tmp_path / name, progress=False
+        )
         assert same(runs[name].adapter, alone.adapter)
 
 
@@ -83,7 +102,9 @@ def test_neighbours_change_nothing(small: Pair, users: dict[str, Any], tmp_path:
     """The same user with other neighbours, other slots, other budgets of tokens."""
     recipe = Recipe(weft.LoraSpec(rank=4, dropout=0.2), max_steps=8, learning_rate=5e-3, batch_size=4)
     found = []
-    for number, (names, slots, tokens) in enumerate([(["user 3"], 32, 1024), (list(users), 32, 1024), (list(users)[::-1], 2, 30)]):
+    for number, (names, slots, tokens) in enumerate(
+        [(["user 3"], 32, 1024), (list(users), 32, 1024), (list(users)[::-1], 2, 30)]
+    ):
         runs = weft.train_many(
             base=small, data={name: users[name] for name in names}, recipe=recipe, out=tmp_path / str(number), slots=slots, tokens=tokens, progress=False
         )  # fmt: skip
@@ -125,7 +146,9 @@ def test_classifiers_are_trained_in_the_same_way(small_dir: Path, tmp_path: Path
         ({"a": Recipe(), "b": Recipe(), "c": Recipe()}, "of whom there are no data"),
     ],
 )
-def test_settings_that_can_not_share_a_base_are_refused_before_anything_starts(recipes: Any, message: str, small: Pair, tmp_path: Path) -> None:
+def test_settings_that_can_not_share_a_base_are_refused_before_anything_starts(
+    recipes: Any, message: str, small: Pair, tmp_path: Path
+) -> None:
     data = {"a": user_rows(0), "b": user_rows(1)}
     with pytest.raises(RecipeError, match=message):
         weft.train_many(base=small, data=data, recipe=recipes, out=tmp_path / "many")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,22 @@ def test_what_a_many_run_leaves(small_dir: Path, users: dict[str, Any], tmp_path
     assert (list(runs), len(runs), runs.path) == (names, 8, out)
     folders = {row["name"]: row["folder"] for row in runs.report.rows}
     assert folders["../evil"] == "evil"
-    assert sorted(folders[name] for name in ("user 0", "User 0")) == sorted(set(folders[name] for name in ("user 0", "User 0")))
+    assert sorted(folders[name] for name in ("user 0", "User 0")) == sorted(
+        {folders[name] for name in ("user 0", "User 0")}
+    )
     assert not (tmp_path / "evil").exists()
     for name in names:
         folder = out / folders[name]
-        assert {"adapter", "recipe.yaml", "log.jsonl", "report.json", "report.md", "curve.svg", "environment.json"} <= {path.name for path in folder.iterdir()}
+        assert {"adapter", "recipe.yaml", "log.jsonl", "report.json", "report.md", "curve.svg", "environment.json"} <= {
+            path.name for path in folder.iterdir()
+        }
         assert weft.load(folder).digest == runs[name].adapter.digest == runs[name].report.digest
-        assert runs[name].adapter.provenance.evaluation.keys() == {"eval_loss", "eval_perplexity", "base_loss", "base_perplexity"}
+        assert runs[name].adapter.provenance.evaluation.keys() == {
+            "eval_loss",
+            "eval_perplexity",
+            "base_loss",
+            "base_perplexity",
+        }
         assert json.loads((folder / "environment.json").read_text())["name"] == name, "the true name is kept"
         assert Recipe.load(folder / "recipe.yaml").max_steps == 4
     assert weft.prove(out / folders["user 1"], weft.load_base(small_dir)[0]).ok
@@ -79,7 +87,9 @@ def test_broken_data_stop_their_user_alone(small: Pair, users: dict[str, Any], t
     assert reasons.keys() == bad.keys()
     assert "invalid JSON" in reasons["broken"]
     assert "nowhere.jsonl" in reasons["missing"]
-    assert [row["name"] for row in runs.report.rows] == [*(name for name in mixed if name in bad), *good], "failed ones first"
+    assert [row["name"] for row in runs.report.rows] == [*(name for name in mixed if name in bad), *good], (
+        "failed ones first"
+    )
     assert json.loads((tmp_path / "runs" / "broken" / "failed.json").read_text())["reason"] == reasons["broken"]
     alone = weft.train_many(base=small, data=good, recipe=QUICK, out=tmp_path / "good", slots=2, progress=False)
     assert all(same(runs[name].adapter, alone[name].adapter) for name in good), "and the others don't notice"
@@ -91,19 +101,25 @@ def test_a_user_whose_loss_explodes_is_stopped_alone(small: Pair, users: dict[st
     wild = QUICK.replace(max_steps=12, learning_rate=1e30, clip=0.0, schedule="constant", warmup_ratio=0.0)
     calm = QUICK.replace(max_steps=12)
     recipes = {name: wild if name == "user 2" else calm for name in users}
-    runs = weft.train_many(base=small, data=users, eval_data=0.2, recipe=recipes, out=tmp_path / "runs", slots=4, progress=False)
+    runs = weft.train_many(
+        base=small, data=users, eval_data=0.2, recipe=recipes, out=tmp_path / "runs", slots=4, progress=False
+    )
     (failed,) = runs.report.failed
     assert failed["name"] == "user 2"
     assert "lower learning rate (now 1e+30)" in failed["reason"]
     assert not (tmp_path / "runs" / failed["folder"] / "adapter").exists()
     others = {name: rows for name, rows in users.items() if name != "user 2"}
-    alone = weft.train_many(base=small, data=others, eval_data=0.2, recipe=calm, out=tmp_path / "alone", slots=4, progress=False)
+    alone = weft.train_many(
+        base=small, data=others, eval_data=0.2, recipe=calm, out=tmp_path / "alone", slots=4, progress=False
+    )
     for name in others:
         error, size = furthest(runs[name].adapter, alone[name].adapter)
         assert error <= 1e-5 + 1e-4 * size, name
 
 
-def test_nan_in_one_users_gradient_reaches_nobody_else(small: Pair, users: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_in_one_users_gradient_reaches_nobody_else(
+    small: Pair, users: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A loss that is finite with a gradient that isn't: only clipping and the optimizer could spread it."""
     train = Engine.train
     rounds = [0]
@@ -128,7 +144,9 @@ def test_nan_in_one_users_gradient_reaches_nobody_else(small: Pair, users: dict[
 
 
 @pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
-def test_a_thousand_users_pass_through_a_bank_of_thirty_two_slots(count: int, small: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thousand_users_pass_through_a_bank_of_thirty_two_slots(
+    count: int, small: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from weft.many.rounds import Rounds
 
     most, entered = [0], set()
@@ -149,7 +167,10 @@ def test_a_thousand_users_pass_through_a_bank_of_thirty_two_slots(count: int, sm
 
 def test_more_rounds_for_those_who_have_more(small: Pair, users: dict[str, Any], tmp_path: Path) -> None:
     """Epochs, batch share and stop are each one's own."""
-    recipes = {name: QUICK.replace(max_steps=None, epochs=1 + number, batch_size=1 + number) for number, name in enumerate(users)}
+    recipes = {
+        name: QUICK.replace(max_steps=None, epochs=1 + number, batch_size=1 + number)
+        for number, name in enumerate(users)
+    }
     runs = weft.train_many(base=small, data=users, recipe=recipes, out=tmp_path / "runs", progress=False)
     for number, name in enumerate(users):
         assert runs[name].report.epochs == 1 + number
@@ -157,12 +178,14 @@ def test_more_rounds_for_those_who_have_more(small: Pair, users: dict[str, Any],
 
 
 @pytest.fixture
-def finished(small_dir: Path, users: dict[str, Any], tmp_path: Path) -> Iterator[Path]:
+def finished(small_dir: Path, users: dict[str, Any], tmp_path: Path) -> Path:
     weft.train_many(base=small_dir, data={"a": users["user 1"]}, recipe=QUICK, out=tmp_path / "runs", progress=False)
-    yield tmp_path / "runs"
+    return tmp_path / "runs"
 
 
-def test_a_folder_that_exists_is_left_alone(finished: Path, small_dir: Path, users: dict[str, Any], tmp_path: Path) -> None:
+def test_a_folder_that_exists_is_left_alone(
+    finished: Path, small_dir: Path, users: dict[str, Any], tmp_path: Path
+) -> None:
     before = weft.load(finished / "a")
     with pytest.raises(RunError, match="resume it"):
         weft.train_many(base=small_dir, data=users, out=finished)
@@ -174,7 +197,9 @@ def test_a_folder_that_exists_is_left_alone(finished: Path, small_dir: Path, use
         weft.train_many(out=finished / "a", resume=True)
     assert weft.load(finished / "a") == before
     (finished / "notes.txt").write_text("mine")
-    weft.train_many(base=small_dir, data={"b": users["user 2"]}, recipe=QUICK, out=finished, overwrite=True, progress=False)
+    weft.train_many(
+        base=small_dir, data={"b": users["user 2"]}, recipe=QUICK, out=finished, overwrite=True, progress=False
+    )
     assert not (finished / "a").exists()
     assert (finished / "notes.txt").read_text() == "mine", "what weft did not write stays"
 
@@ -186,7 +211,9 @@ def test_a_folder_that_exists_is_left_alone(finished: Path, small_dir: Path, use
         ({"processes": "all"}, RunError, "expected one of auto"), ({"recipe": {"x": QUICK}}, RecipeError, "no data"),
     ],
 )  # fmt: skip
-def test_what_can_not_be_run(given: dict[str, Any], error: type[Exception], message: str, small: Pair, tmp_path: Path) -> None:
+def test_what_can_not_be_run(
+    given: dict[str, Any], error: type[Exception], message: str, small: Pair, tmp_path: Path
+) -> None:
     with pytest.raises(error, match=message):
         weft.train_many(**{"base": small, "data": {"a": user_rows(0)}, "out": tmp_path / "runs", **given})
     assert not (tmp_path / "runs").exists()
