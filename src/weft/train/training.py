@@ -291,7 +291,11 @@ def _report(
 
 
 def one_recipe(spec: LoraSpec | None, recipe: Recipe | None) -> Recipe:
-    """The recipe with the spec in it; a spec that is given beside it wins."""
+    """The recipe with the spec in it.
+
+    Raises:
+        RecipeError: both name a spec, and these differ.
+    """
     recipe = recipe or Recipe()
     if spec is None:
         return recipe
