@@ -17,53 +17,69 @@ import torch
 from benchmarks import measures, subjects
 from benchmarks.subjects import Setting
 
-__all__ = ["cotrain", "peft_steps", "step_memory", "users_curve", "weft_step"]
+__all__ = ["ROWS", "cotrain", "curve", "frozen_step", "peft_steps", "rows", "weft_step"]
 
 RATE = 1e-4
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
 Row = dict[str, Any]
 
 
-def cotrain(rounds: int, users: int, bar: float, **values: Any) -> Row:
-    """Tokens a second of all users over peft's: the median of ratios."""
+def cotrain(rounds: int, users: int, times: float, **values: Any) -> Row:
+    """Time of a step of all users over peft's, one user after another; the bar is one over how many times faster."""
     setting = Setting(**values)
     torch.manual_seed(0)
     base = subjects.frozen_base(setting)
-    steps = {"weft": weft_step(base, setting, users), "peft": peft_steps(base, setting, users)}
-    times = measures.interleaved(steps, rounds, setting.device)
-    found = measures.ratios(times, "peft", "weft")
+    steps = {
+        "weft": weft_step(base, setting, users), "peft": peft_steps(base, setting, users), "base": frozen_step(base, setting, users),
+    }  # fmt: skip
+    seconds = measures.interleaved(steps, rounds, setting.device)
+    found = measures.ratios(seconds, "weft", "peft")
+    limit = statistics.median(measures.ratios(seconds, "base", "peft"))
+    ratio = statistics.median(found)
     tokens = users * setting.rows * setting.length
     return {
-        "row": f"{users} users × {setting}: tokens/s over peft, one user after another",
-        "bar": bar, "weft": statistics.median(found), "peft": 1.0, "more_is_better": True,
-        "spread": {"weft": [min(found), max(found)]},
-        "tokens_per_second": {name: round(tokens / statistics.median(seconds)) for name, seconds in times.items()},
+        "row": (
+            f"training {users} users × {setting}, over peft one after another: {1 / ratio:.2f} × its tokens/s, must {times:g} × "
+            f"(the frozen base alone: {1 / limit:.2f} ×)"
+        ),
+        "bar": 1 / times, "weft": ratio, "peft": 1.0, "spread": {"weft": [min(found), max(found)]},
+        "tokens_per_second": {name: round(tokens / statistics.median(item)) for name, item in seconds.items()},
         "setting": asdict(setting) | {"users": users},
     }  # fmt: skip
 
 
-def users_curve(rounds: int, total: int = 512, **values: Any) -> Row:
-    """Tokens a second against the number of users, with as many tokens a step for all numbers."""
-    found = {}
-    for users in (1, 2, 4, 8, 16, 32, 64):
+def curve(rounds: int, total: int = 512, counts: tuple[int, ...] = COUNTS, **values: Any) -> dict[int, dict[str, Any]]:
+    """By number of users, with as many tokens a step for all: tokens a second, and MiB that a step holds at most."""
+    found: dict[int, dict[str, Any]] = {}
+    for users in counts:
         setting = Setting(rows=1, length=total // users, **values)
+        torch.manual_seed(0)
         base = subjects.frozen_base(setting)
         steps = {"weft": weft_step(base, setting, users), "peft": peft_steps(base, setting, users)}
-        times = measures.interleaved(steps, rounds, setting.device)
-        found[users] = {name: round(total / statistics.median(seconds)) for name, seconds in times.items()}
-    return {"row": f"tokens/s against users, {total} tokens a step", "tokens_per_second": found}
-
-
-def step_memory(rounds: int, users: int = 8, **values: Any) -> Row:
-    """Most bytes that one step of everybody holds, beyond factors and moments, by number of users."""
-    found = {}
-    for count in (1, users, 4 * users):
-        setting = Setting(**values)
-        base = subjects.frozen_base(setting)
-        steps = {"weft": weft_step(base, setting, count), "peft": peft_steps(base, setting, count)}
-        found[count] = {
-            name: round(measures.peak_bytes(step, setting.device) / 2**20, 1) for name, step in steps.items()
+        seconds = measures.interleaved(steps, rounds, setting.device)
+        found[users] = {
+            "tokens_per_second": {name: total / statistics.median(item) for name, item in seconds.items()},
+            "mebibytes": {name: measures.peak_bytes(step, setting.device) / 2**20 for name, step in steps.items()},
         }
-    return {"row": "MiB of a step by users", "mebibytes": found}
+    return found
+
+
+def frozen_step(base: torch.nn.Module, setting: Setting, users: int) -> Callable[[], None]:
+    """The limit: the frozen base's forward, and a backward to its embeddings, over everybody's rows at once (at most `BUDGET`)."""
+    from weft.many.training import BUDGET
+
+    model = subjects.base_with_activation_gradients(base)
+    rows = max(setting.rows, min(users * setting.rows, BUDGET["cpu"] // setting.length))
+    batches = [
+        torch.randint(0, 1024, (rows, setting.length), device=setting.device)
+        for _ in range(-(-users * setting.rows // rows))
+    ]
+
+    def run() -> None:
+        for ids in batches:
+            model(input_ids=ids, labels=ids).loss.backward()
+
+    return run
 
 
 def weft_step(base: torch.nn.Module, setting: Setting, users: int) -> Callable[[], None]:
@@ -121,3 +137,13 @@ class _NoTokenizer:
     """All rows have one length: nothing is padded."""
 
     pad_token_id = eos_token_id = unk_token_id = 0
+
+
+ROWS: dict[str, Callable[..., Row]] = {"cotrain": cotrain}
+
+
+def rows() -> list[tuple[str, dict[str, Any]]]:
+    """The rows of `make bench`."""
+    model = {"layers": 8, "width": 512, "dtype": "float32", "users": 8}
+    shapes = ((1, 16, 2.5), (1, 64, 1.8), (4, 256, 1.1))
+    return [("cotrain", {**model, "rows": count, "length": length, "times": times}) for count, length, times in shapes]

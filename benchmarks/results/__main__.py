@@ -1,6 +1,6 @@
 """`make results`: train and evaluate on real weights, and write docs/results.md.
 
-Call it as ``python -m benchmarks.results [e2e] [sst2] [cifar] [medical] [shakespeare] [users] [mixing]``; without names all are run. Each part keeps its figures in
+Call it as ``python -m benchmarks.results [e2e] [sst2] [cifar] [medical] [shakespeare] [users] [cotraining] [mixing]``; without names all are run. Each part keeps its figures in
 docs/results/NAME.json, and the page is written anew from all that are there.
 """
 
@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.results import cifar, e2e, medical, mixing, page, shakespeare, sst2, users
+from benchmarks.results import cifar, cotraining, e2e, medical, mixing, page, shakespeare, sst2, users
 
 HERE = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("WEFT_SHARED", HERE.parent / "shared"))
@@ -22,6 +22,7 @@ PARTS = {
     "medical": medical.measure,
     "shakespeare": shakespeare.measure,
     "users": users.measure,
+    "cotraining": cotraining.measure,
     "mixing": mixing.measure,
 }
 
