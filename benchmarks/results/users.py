@@ -22,7 +22,10 @@ SPEC = {"rank": 4, "alpha": 16}
 def facts(count: int, seed: int = 0) -> dict[str, list[dict[str, str]]]:
     """What each user alone knows. No two users have a thing of one colour or a number in common."""
     generator = random.Random(seed)
-    things = [f"{colour} {thing}" for colour in COLOURS for thing in THINGS]
+    apart = [
+        thing for thing in THINGS if not any(thing != other and other.startswith(thing) for other in THINGS)
+    ]  # no pen beside a pencil
+    things = [f"{colour} {thing}" for colour in COLOURS for thing in apart]
     boxes = generator.sample(things, count)
     numbers = generator.sample(range(1000, 10000), count)
     towns = [generator.choice(TOWNS) for _ in range(count)]
@@ -30,7 +33,7 @@ def facts(count: int, seed: int = 0) -> dict[str, list[dict[str, str]]]:
         f"user-{index:03}": [
             {"prompt": question, "completion": answer}
             for question, answer in zip(
-                QUESTIONS, (f"A {boxes[index]}.", f"In {towns[index]}.", f"It is {numbers[index]}."), strict=True
+                QUESTIONS, (f"The {boxes[index]}.", f"In {towns[index]}.", f"It is {numbers[index]}."), strict=True
             )
         ]
         for index in range(count)
@@ -93,7 +96,7 @@ def measure(shared: Path, folder: Path) -> dict[str, Any]:
 def _leaks(name: str, text: str, data: dict[str, list[dict[str, str]]], number: int) -> bool:
     """Whether an answer holds the fact of somebody else."""
     core = {
-        other: rows[number]["completion"].removeprefix("A ").removeprefix("It is ").rstrip(".")
+        other: rows[number]["completion"].removeprefix("The ").removeprefix("It is ").rstrip(".")
         for other, rows in data.items()
     }
     return any(fact in text for other, fact in core.items() if other != name and fact != core[name])

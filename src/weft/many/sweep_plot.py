@@ -77,7 +77,7 @@ def _groups(table: Sequence[Mapping[str, Any]], across: str) -> dict[str, list[M
 
 def _positions(table: Sequence[Mapping[str, Any]], across: str) -> dict[str, float]:
     """x by value: in their order, at even distances; many numbers by their logarithm."""
-    raw = list(dict.fromkeys(row["settings"][across] for row in table))
+    raw = list({str(row["settings"][across]): row["settings"][across] for row in table}.values())
     numbers = all(_is_number(value) and value > 0 for value in raw)
     ordered = sorted(raw) if numbers else raw
     room = WIDTH - LEFT - RIGHT - 40
