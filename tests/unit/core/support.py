@@ -17,7 +17,19 @@ from weft.core.ops import Operand
 from weft.core.sites import find_sites
 from weft.spec import LoraSpec
 
-__all__ = ["Saved", "State", "dense", "fill", "grads_of", "made", "operand", "outputs_of", "saved_tensors", "spread"]
+__all__ = [
+    "Saved",
+    "State",
+    "checkpoints",
+    "dense",
+    "fill",
+    "grads_of",
+    "made",
+    "operand",
+    "outputs_of",
+    "saved_tensors",
+    "spread",
+]
 
 
 def fill(bank: Bank, *names: str, size: float = 0.3) -> None:
@@ -99,6 +111,12 @@ def spread(model: nn.Module, adapter: Adapter) -> nn.Module:
             new = weight.double() + delta.reshape(weight.shape)
             owner._parameters[site.weight_name] = nn.Parameter(new.to(weight.dtype))
     return plain
+
+
+def checkpoints(model: nn.Module, reentrant: bool) -> None:
+    """Switch checkpoints on, by the name that this version of transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.models import ARCHITECTURES, batch_for, tiny_llama
 from tests.tolerances import assert_close
-from tests.unit.core.support import State, fill, grads_of, outputs_of
+from tests.unit.core.support import State, checkpoints, fill, grads_of, outputs_of
 from weft.core import ops
 from weft.core.bank import Bank, attach
 from weft.spec import LoraSpec
@@ -60,12 +60,6 @@ def same(one: tuple[Tensor, dict[str, Tensor]], two: tuple[Tensor, dict[str, Ten
 
 
 # gradient checkpointing
-
-
-def checkpoints(model: nn.Module, reentrant: bool) -> None:
-    """Switch them on by the name that this version of transformers has for it."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
 
 
 @pytest.mark.parametrize(
