@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["heat_map"]
 
 INK, PALE, EMPTY = "#374151", "#6b7280", "#f3f4f6"
-CELL_HEIGHT, GAP, TOP, HEAD, FOOT = 20, 28, 56, 40, 30
+CELL_HEIGHT, GAP, TOP, HEAD, FOOT = 20, 28, 56, 40, 48
 TITLES = {"cosine": "cosine", "overlap_in": "overlap, input", "overlap_out": "overlap, output", "conflict": "conflict"}
 COLD, WARM, DEEP = (37, 99, 235), (194, 65, 12), (15, 118, 110)
 
@@ -42,6 +42,9 @@ def heat_map(found: Comparison) -> str:
         for column, name in enumerate(TITLES):
             x = left + column * (wide + GAP)
             body.append(_text(x, top + HEAD - 8, TITLES[name], size=12))
+            if not column and len(layers) > 1:
+                across = f"layers {layers[0]} to {[layer for layer in layers if layer][-1]} →"
+                body.append(_text(left - 8, top + HEAD + high + 14, across, size=10, anchor="end", fill=PALE))
             body += _panel(sites, name, kinds, layers, (x, top + HEAD), cell, scales[name])
             body += _legend(name, scales[name], (x, top + HEAD + high + 6), wide)
     if not found.sites:

@@ -28,7 +28,7 @@ from weft.errors import MixError, NotFiniteError
 from weft.identity import Fingerprint
 from weft.spec import LoraSpec
 
-__all__ = ["Job", "assembled", "check_options", "combine", "mix", "prepare", "reported"]
+__all__ = ["Job", "assembled", "carry_out", "check_options", "combine", "mix", "prepare", "reported"]
 
 _FORMAT = ("kind", "separator", "as_chat", "mask_prompt", "max_length")
 """What of a recipe says how examples were written: kept where all parents agree, so that a mixture is evaluated as they were trained."""
@@ -107,13 +107,21 @@ def combine(
 
         return find(parents, chosen, options, whole=whole, base=base, data=search, evaluations=evaluations,
                     allow_other_base=allow_other_base, progress=progress)  # fmt: skip
+    return carry_out(parents, chosen, options, whole, base, data, allow_other_base, progress)
+
+
+def carry_out(
+    parents: tuple[Parent, ...], method: Method, options: Options, whole: str = "same", base: Any = None, data: Any = None,
+    allow_other_base: bool = False, progress: bool | None = None,
+) -> Mixture:  # fmt: skip
+    """`combine`, for adapters that were read."""
     if data is None:
         ground = None if base is None else Ground(_model(base))
-        return mix(prepare(parents, chosen, options, whole, ground, allow_other_base), progress)
+        return mix(prepare(parents, method, options, whole, ground, allow_other_base), progress)
     from weft.compose.losses import Judge
 
     with Judge.opened(base, data, parents) as judge:
-        job = prepare(parents, chosen, options, whole, Ground(judge.model), allow_other_base)
+        job = prepare(parents, method, options, whole, Ground(judge.model), allow_other_base)
         return judge.judged(mix(job, progress), job, progress)
 
 

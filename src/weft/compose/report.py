@@ -103,6 +103,7 @@ class MixReport:
             lines.append(f"distance from the plain weighted sum: {self.from_sum:.2%}, which the method intends")
         if self.losses is not None:
             lines.append("loss: " + ", ".join(f"{name} {value:.4f}" for name, value in self.losses.items()))
+        if self.loss_change:
             lines.append(f"the method changes the loss of the exact sum by {self.loss_change:+.4f}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 

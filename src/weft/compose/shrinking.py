@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from weft.compose.methods import METHODS, Options
-from weft.compose.mixing import assembled, check_options, combine, prepare
+from weft.compose.mixing import assembled, carry_out, check_options, prepare
 from weft.compose.parents import AdapterLike, read_parents
 from weft.compose.report import MixReport, Mixture, SiteMix
 from weft.core.factors import truncate
@@ -57,9 +57,7 @@ def shrink(
     value = parent.adapter
     dora = any(item.magnitude is not None for item in value.factors.values())
     if not dora or base is not None or data is not None:
-        return combine(
-            [(value, 1.0)], method="svd", rank=rank, energy=energy, error=error, base=base, data=data, progress=progress
-        )
+        return carry_out(parents, method, options, base=base, data=data, progress=progress)
     value.check_finite()
     job = prepare(parents, method, options)
     factors, rows = {}, []
