@@ -321,3 +321,15 @@ def test_added_to_a_running_model_and_taken_back_exactly() -> None:
         assert torch.equal(logits(model, batch), plain)
     assert torch.equal(logits(model, batch), plain)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_route_with_weights_is_the_same_mixture_without_being_built() -> None:
+    model = tiny_llama(dtype=torch.float64)
+    adapters = three(model)
+    batch = batch_for(model, labels=False)
+    built = applied(model, combine([(adapters[0], 0.7), (adapters[2], -0.3)]), batch)
+    with weft.attach(model, {}) as bank:
+        for name, adapter in zip("abc", adapters, strict=True):
+            bank.load(name, adapter)
+        with bank.route([{"a": 0.7, "c": -0.3}] * len(batch["input_ids"])):
+            assert_close(logits(model, batch), built)
