@@ -30,7 +30,7 @@ def commands(text: str) -> Iterator[list[str]]:
     lines = [line for block in blocks(text) for line in block.splitlines()]
     for line in (*lines, *re.findall(r"`(weft [^`]*)`", text)):
         words = shlex.split(line.partition("|")[0]) if line.lstrip().startswith("weft ") else []
-        if len(words) > 1 and words[1].isalpha():
+        if len(words) > 1 and re.fullmatch(r"[a-z]+(-[a-z]+)*", words[1]):
             yield words[1:]
 
 
@@ -48,9 +48,10 @@ def test_both_readmes_have_the_same_blocks_numbers_and_headings(repository: Path
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_their_options_exist(repository: Path, page: str) -> None:
     for verb, *words in commands((repository / page).read_text(encoding="utf-8")):
-        module = importlib.import_module(f"weft.cli.{verb}")
+        module = importlib.import_module(f"weft.cli.{verb.replace('-', '_')}")
         command = typer.main.get_command(module.app)
-        parts = [command, *(getattr(command, "commands", {})[word] for word in words[:1] if hasattr(command, "commands"))]
+        named = [word for word in words[:1] if hasattr(command, "commands") and not word.startswith("-")]
+        parts = [command, *(command.commands[word] for word in named)]
         known = {option for part in parts for parameter in part.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known | {"--help"}, f"weft {verb}"
         values = [words[index + 1] for index, word in enumerate(words[:-1]) if word == "--set"]
@@ -93,7 +94,7 @@ def test_recipes_of_the_examples_are_valid(path: Path) -> None:
 def test_python_of_the_readme_uses_public_names(repository: Path) -> None:
     text = (repository / "README.md").read_text(encoding="utf-8")
     code = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(code) == 2
+    assert len(code) == 3
     for block in code:
         compile(block, "README.md", "exec")
         assert set(re.findall(r"\bweft\.(\w+)", re.sub(r"#.*", "", block))) <= set(weft.__all__)

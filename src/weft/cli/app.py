@@ -87,7 +87,7 @@ def _version(asked: bool) -> None:
 def root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Say the version and end."),
 ) -> None:
-    """The whole life of a LoRA adapter: train it, check it, merge it, convert it. The base is never changed."""
+    """The whole life of a LoRA adapter: train one or hundreds, check, mix, keep and use them. The base is never changed."""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
