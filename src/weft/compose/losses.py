@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from weft.adapter import Adapter
+from weft.compose.assembling import reported
+from weft.compose.job import Job
 from weft.compose.methods import METHODS, Options
-from weft.compose.mixing import Job, mix, reported
+from weft.compose.mixing import mix
 from weft.compose.parents import Parent
 from weft.compose.report import Mixture
 from weft.core.bank import Bank

@@ -8,6 +8,8 @@ To add one: write a function, register it with `by_factors` or `by_elements`, an
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from weft.compose.updates import Update
 from weft.core.factors import blocks, concat, from_blocks
 from weft.errors import MixError, did_you_mean
 
-__all__ = ["METHODS", "Entry", "Method", "Options", "method_named"]
+__all__ = ["METHODS", "Entry", "Method", "Options", "check_options", "method_named"]
 
 LIMITS = ("rank", "energy", "error")
 
@@ -126,6 +128,49 @@ def method_named(name: str) -> Method:
             f"there is no method {name!r}.{did_you_mean(str(name), METHODS)} There are: {', '.join(METHODS)}"
         )
     return METHODS[name]
+
+
+def check_options(method: Method, options: Options) -> None:
+    """Refuse options that the method doesn't take, lack of one that it needs, and values out of range.
+
+    Raises:
+        MixError: names the option.
+    """
+    given = [
+        item.name
+        for item in dataclasses.fields(Options)
+        if item.name != "seed" and getattr(options, item.name) is not None
+    ]
+    for name in given:
+        if name not in method.takes:
+            better = "; method='svd' does" if name in LIMITS and method.name in ("exact", "linear") else ""
+            raise MixError(
+                f"method {method.name!r} doesn't take {name}{better}. It takes {', '.join(method.takes) or 'nothing'}"
+            )
+    if method.needs and not any(name in given for name in method.needs):
+        raise MixError(f"method {method.name!r} needs {' or '.join(method.needs)}")
+    if len(options.limit) > 1:
+        raise MixError(f"{' and '.join(options.limit)} are given: expected one limit")
+    positive = isinstance(options.rank, int) and not isinstance(options.rank, bool) and options.rank >= 1
+    rules = (
+        ("rank", options.rank is None or positive, "a whole number of at least 1"),
+        ("energy", _within(options.energy, 0, 1), "a share in (0, 1]"),
+        ("error", options.error is None or _within(options.error, 0, 1) or options.error == 0, "a share in [0, 1]"),
+        ("density", _within(options.density, 0, 1), "a share in (0, 1]"),
+        ("scaling", _within(options.scaling, -math.inf, math.inf), "a finite number"),
+        ("seed", isinstance(options.seed, int), "a whole number"),
+    )
+    for name, ok, expected in rules:
+        if not ok:
+            raise MixError(f"{name}={getattr(options, name)!r}; expected {expected}")
+
+
+def _within(value: Any, low: float, high: float) -> bool:
+    if value is None:
+        return True
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low < value <= high
+    )
 
 
 def _sum(entries: Sequence[Entry], scaling: float | None = None) -> Update:

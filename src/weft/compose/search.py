@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from weft.compose.assembling import reported
+from weft.compose.job import prepare
 from weft.compose.losses import Judge
 from weft.compose.methods import Method, Options
-from weft.compose.mixing import mix, prepare, reported
+from weft.compose.mixing import mix
 from weft.compose.parents import Parent
 from weft.compose.report import Mixture
 from weft.compose.updates import Ground

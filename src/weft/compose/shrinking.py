@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from weft.compose.methods import METHODS, Options
-from weft.compose.mixing import assembled, carry_out, check_options, prepare
+from weft.compose.assembling import assembled
+from weft.compose.job import prepare
+from weft.compose.methods import METHODS, Options, check_options
+from weft.compose.mixing import carry_out
 from weft.compose.parents import AdapterLike, read_parents
 from weft.compose.report import MixReport, Mixture, SiteMix
 from weft.core.factors import truncate
