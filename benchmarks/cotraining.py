@@ -65,11 +65,11 @@ def curve(rounds: int, total: int = 512, counts: tuple[int, ...] = COUNTS, **val
 
 
 def frozen_step(base: torch.nn.Module, setting: Setting, users: int) -> Callable[[], None]:
-    """The limit: the frozen base's forward, and a backward to its embeddings, over everybody's rows at once (at most `BUDGET`)."""
-    from weft.many.training import BUDGET
+    """The limit: the frozen base's forward, and a backward to its embeddings, over everybody's rows at once (as many as weft puts in one forward)."""
+    from weft.many.training import settings_for
 
     model = subjects.base_with_activation_gradients(base)
-    rows = max(setting.rows, min(users * setting.rows, BUDGET["cpu"] // setting.length))
+    rows = max(setting.rows, min(users * setting.rows, settings_for(model).budget // setting.length))
     batches = [
         torch.randint(0, 1024, (rows, setting.length), device=setting.device)
         for _ in range(-(-users * setting.rows // rows))
@@ -86,15 +86,14 @@ def weft_step(base: torch.nn.Module, setting: Setting, users: int) -> Callable[[
     """One optimizer step of all users, as `weft.train_many` does it."""
     import weft
     from weft.core.bank import attach
-    from weft.many.engine import Move, Settings
+    from weft.many.engine import Move
     from weft.many.pieces import Piece
     from weft.many.together import Together
-    from weft.many.training import BUDGET
+    from weft.many.training import settings_for
 
     model = copy.deepcopy(base)
     bank = attach(model, {})
-    budget = BUDGET["cuda" if setting.device.startswith("cuda") else "cpu"]
-    engine = Together(model, bank, _NoTokenizer(), Settings(budget))
+    engine = Together(model, bank, _NoTokenizer(), settings_for(model))
     spec = weft.LoraSpec(rank=setting.rank, targets=subjects.SUFFIXES, dropout=setting.dropout)
     names = [f"user{number}" for number in range(users)]
     for number, name in enumerate(names):

@@ -15,7 +15,7 @@ from benchmarks.results.heatmap import heatmap
 
 __all__ = ["measure", "speeches"]
 
-SPEAKERS, HELD_OUT, LONGEST = 32, 0.15, 256
+SPEAKERS, HELD_OUT, LONGEST = 32, 0.15, 128
 RECIPE = {
     "epochs": 8,
     "batch_size": 8,

@@ -22,7 +22,7 @@ from weft.core.bank import Bank
 from weft.data import Collator, collator
 from weft.many.adamw import BETAS, EPSILON
 from weft.many.losses import find_head, head_losses, model_losses
-from weft.many.pieces import Piece, compose
+from weft.many.pieces import OVERHEAD, Piece, compose
 from weft.spec import LoraSpec
 from weft.train.scoring import by_row, keeps_logits, losses, wanted_positions
 from weft.train.trainer import rate_and_decay
@@ -36,11 +36,13 @@ class Settings:
 
     Attributes:
         budget: most tokens in one forward, padding included.
+        overhead: what one more forward costs, in tokens.
         bf16: run in bfloat16 by autocast.
         reduce: adds up gradients over processes, in place; None: there is one.
     """
 
     budget: int = 1024
+    overhead: int = OVERHEAD
     bf16: bool = False
     reduce: Any = None
 
@@ -136,7 +138,7 @@ class Engine:
 
     def forwards(self, pieces: Sequence[Piece]) -> list[list[Piece]]:
         """Which pieces are computed together."""
-        return compose(pieces, self.settings.budget)
+        return compose(pieces, self.settings.budget, self.settings.overhead)
 
     # what all do
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from weft.data import load_examples
 from weft.errors import RecipeError, RunError, RunStoppedError, WeftError
@@ -24,6 +25,7 @@ from weft.many.desk import Counter, FolderDesk
 from weft.many.engine import Apart, Engine, Settings
 from weft.many.folder import RESERVED, ManyFolder
 from weft.many.names import folder_names
+from weft.many.pieces import OVERHEAD
 from weft.many.processes import World
 from weft.many.progress import ManyProgress
 from weft.many.report import ManyReport, Runs
@@ -37,12 +39,15 @@ from weft.train.progress import StopOnSignal
 from weft.train.recipe import Recipe
 from weft.train.run import describe_environment, plain_json, write_beside
 from weft.train.session import checkpointing
-from weft.train.training import OBJECT, dtype_of, name_of, process_count
+from weft.train.training import OBJECT, dtype_of, name_of, process_count, width_of
 
-__all__ = ["BUDGET", "Options", "Plan", "run_plan", "train_many"]
+__all__ = ["BUDGET", "Options", "Plan", "run_plan", "settings_for", "train_many"]
 
-BUDGET = {"cpu": 1024, "cuda": 16384}
-"""Tokens in one forward, by device: where a longer one is no faster."""
+BUDGET = {"cpu": 2**19, "cuda": 2**23}
+"""Tokens in one forward times the width of the base, by device: where a longer forward is no faster and holds more memory."""
+
+NARROW = 512
+"""The width at which another forward costs as much as `weft.many.pieces.OVERHEAD` tokens; in narrower bases a token costs less."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Options:
     """How a many-run is run; none of it changes what an adapter learns.
 
     Attributes:
-        slots: adapters in the batch at once. tokens: most tokens in one forward; None: `BUDGET`.
+        slots: adapters in the batch at once. tokens: most tokens in one forward; None: by the base's width.
         save_every: rounds between checkpoints; None: twice a minute.
         apart: run adapters one after another (slow; for comparison).
         processes: see `weft.many.processes`.
@@ -170,15 +175,27 @@ def run_plan(
                 stack.enter_context(_start(plan, folder, keys, known, resume, overwrite, options))
             world.wait()
             kind = Apart if options.apart else _fast()
-            budget = options.tokens or BUDGET[torch.device(world.device).type]
+            settings = settings_for(model, options.tokens)
             bf16 = recipe.mixed_precision == "bf16" or (
                 recipe.mixed_precision == "auto" and not cpu and torch.cuda.is_bf16_supported()
             )
-            engine: Engine = kind(model, bank, tokenizer, Settings(budget, bf16, world.reducer()))
+            engine: Engine = kind(model, bank, tokenizer, replace(settings, bf16=bf16, reduce=world.reducer()))
             done, rounds, notes = _go(
                 plan, folder, options, engine, world, keys, labels, known, resume, progress, tokenizer
             )
             return _close(folder, world, done, rounds, options, notes)
+
+
+def settings_for(model: nn.Module, tokens: int | None = None) -> Settings:
+    """How much goes into one forward of this base, on the device where it is.
+
+    Args:
+        tokens: most tokens in one forward; None: by the base's width.
+    """
+    width = width_of(model) or NARROW
+    device = next(model.parameters()).device.type
+    budget = tokens or max(256, min(BUDGET.get(device, BUDGET["cuda"]) // width, 2**15))
+    return Settings(budget, overhead=min(2**12, max(16, OVERHEAD * NARROW**2 // width**2)))
 
 
 def _go(
@@ -195,7 +212,7 @@ def _go(
         Counter(stop, options.save_every), labels, plan.steps_of, plan.steps_of is not None,
     )  # fmt: skip
     desk.checkpoints.mkdir(parents=True, exist_ok=True)
-    rounds = Rounds(engine, desk, options.slots, own, plan.judge_rung, world.share(), world.measurer(engine.measure))
+    rounds = Rounds(engine, desk, options.slots, list(own), plan.judge_rung, world.share(), world.measurer(engine.measure))
     try:
         if resume:
             found = state.resume(rounds, desk.checkpoints, desk.reopen)

@@ -47,6 +47,7 @@ __all__ = [
     "process_count",
     "provenance_of",
     "train",
+    "width_of",
 ]
 
 SLOT = "trained"
@@ -354,17 +355,24 @@ def facts_of(inputs: Inputs, model: nn.Module, recipe: Recipe, spec: LoraSpec) -
 
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    widths = (getattr(config, name, None) for name in ("hidden_size", "n_embd", "d_model"))
     return Facts(
         features=len(inputs.train),
         evaluated=inputs.evaluated is not None,
         kind=inputs.train.kind,
-        width=next((int(width) for width in widths if isinstance(width, int)), 0),
+        width=width_of(model),
         family=str(getattr(config, "model_type", "")),
         processes=process_count(),
         cpu=recipe.device == "cpu" or not torch.cuda.is_available(),
         alpha=spec.scale_at("") * spec.rank_at(""),
     )
+
+
+def width_of(model: nn.Module) -> int:
+    """Hidden size of a base; 0 where its config doesn't say."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    widths = (getattr(config, name, None) for name in ("hidden_size", "n_embd", "d_model"))
+    return next((int(width) for width in widths if isinstance(width, int)), 0)
 
 
 def digests_of(inputs: Inputs) -> dict[str, str]:
