@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -328,7 +329,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         path: a new file.
         tensors: by name; any device and layout of memory, also shared.
         metadata: text for the header.
+
+    Raises:
+        OSError: the disk is full, or the file can't be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     seen: set[int] = set()
@@ -341,4 +346,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         )
         ready[name] = plain.clone() if shared else plain
         seen.add(ready[name].untyped_storage().data_ptr())
-    save_file(ready, path, metadata={"format": "pt", **(metadata or {})})
+    try:
+        save_file(ready, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as problem:  # a full disk comes as text
+        code = re.search(r"os error (\d+)", str(problem))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), os.fspath(path)) from problem

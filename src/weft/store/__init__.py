@@ -19,8 +19,21 @@
 
 from __future__ import annotations
 
-from weft.store.blobs import FileFacts
-from weft.store.records import Collected, Move, Verified, Version
-from weft.store.store import Store
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Collected", "FileFacts", "Move", "Store", "Verified", "Version"]
+if TYPE_CHECKING:
+    from weft.store.records import Collected, Move, Verified, Version
+    from weft.store.store import Store
+
+__all__ = ["Collected", "Move", "Store", "Verified", "Version"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are used: whether there is a store can be asked without a database."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(
+        importlib.import_module(f"weft.store.{'store' if name == 'Store' else 'records'}"), name
+    )
+    return value

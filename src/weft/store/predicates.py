@@ -20,7 +20,18 @@ from dataclasses import dataclass
 
 from weft.errors import StoreError
 
-__all__ = ["OPERATORS", "And", "Comparison", "Condition", "Not", "Or", "Word", "comparisons", "parse_condition"]
+__all__ = [
+    "OPERATORS",
+    "And",
+    "Comparison",
+    "Condition",
+    "Not",
+    "Number",
+    "Or",
+    "Word",
+    "comparisons",
+    "parse_condition",
+]
 
 OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "=": operator.eq, "!=": operator.ne,
@@ -44,6 +55,19 @@ class Word(str):
     """Text that stood without quotes."""
 
 
+class Number(float):
+    """A number, and how it was written: digests and tags can be digits too."""
+
+    text: str
+
+    @classmethod
+    def of(cls, text: str) -> Number:
+        """The number that a text is."""
+        found = cls(text)
+        found.text = text
+        return found
+
+
 @dataclass(frozen=True)
 class Comparison:
     """``field operator value``."""
@@ -51,6 +75,11 @@ class Comparison:
     field: str
     operator: str
     value: float | str
+
+    @property
+    def text(self) -> str:
+        """The value as it was written."""
+        return self.value if isinstance(self.value, str) else getattr(self.value, "text", f"{self.value:g}")
 
     def __str__(self) -> str:
         value = (
@@ -185,7 +214,7 @@ class _Reader:
         sign = "=" if self.token == "==" else self.token
         self.next()
         if self.kind == "number":
-            value: float | str = float(self.token)
+            value: float | str = Number.of(self.token)
             if not math.isfinite(float(self.token)):
                 raise self.problem("expected a finite number")
         elif self.kind == "text":

@@ -135,14 +135,13 @@ def _comparison(item: Comparison) -> ColumnElement[bool]:
     """One comparison. A version without the metric or tag is let through by none, ``!=`` as little as ``=``."""
     kind, dot, key = item.field.partition(".")
     if kind == "tag" and dot:
-        value = item.value if isinstance(item.value, str) else f"{item.value:.15g}"
-        return _holds(t.tags, check_name(key, "tag"), _compare(t.tags.c.value, item.operator, str(value)))
+        return _holds(t.tags, check_name(key, "tag"), _compare(t.tags.c.value, item.operator, item.text))
     if item.field in ("data", "parent"):
-        if not isinstance(item.value, str) or item.operator != "=":
-            raise StoreError(f"{item}: {item.field} is compared with a digest by =, as in {item.field}='9f2c41d0'")
+        if item.operator != "=":
+            raise StoreError(f"{item}: {item.field} is compared with a digest by =, as in {item.field}=9f2c41d0")
         if item.field == "data":
-            return _data(str(item.value))
-        starts = (t.parents.c.digest >= str(item.value), t.parents.c.digest < str(item.value) + "g")
+            return _data(item.text)
+        starts = (t.parents.c.digest >= item.text, t.parents.c.digest < item.text + "g")
         return t.versions.c.id.in_(sa.select(t.parents.c.version_id).where(*starts))
     if item.field in FIELDS:
         return _column(item)
@@ -152,20 +151,21 @@ def _comparison(item: Comparison) -> ColumnElement[bool]:
             f"{item}: {item.field} is taken for a metric, and metrics are compared with numbers. Fields with text: "
             "name, digest, base, base_name, architecture, note, created, tag.KEY"
         )
-    return _holds(t.metrics, metric, _compare(t.metrics.c.value, item.operator, item.value))
+    return _holds(t.metrics, metric, _compare(t.metrics.c.value, item.operator, float(item.value)))
 
 
 def _column(item: Comparison) -> ColumnElement[bool]:
     column = FIELDS[item.field]
     if item.field == "created" and isinstance(item.value, str):
         return _compare(column, item.operator, _seconds(str(item.value)))
-    numeric = isinstance(column.type, sa.Integer | sa.Float)
-    if numeric == isinstance(item.value, str):
-        raise StoreError(f"{item}: {item.field} is {'a number' if numeric else 'text: put it in quotes'}")
+    if isinstance(column.type, sa.Integer | sa.Float):
+        if isinstance(item.value, str):
+            raise StoreError(f"{item}: {item.field} is a number")
+        return _compare(column, item.operator, float(item.value))
     if item.field == "base" and item.operator in ("=", "!="):
-        found = _base(str(item.value))
+        found = _base(item.text)
         return found if item.operator == "=" else sa.not_(found)
-    return _compare(column, item.operator, str(item.value) if isinstance(item.value, str) else item.value)
+    return _compare(column, item.operator, item.text)
 
 
 def _compare(column: Any, operator: str, value: Any) -> ColumnElement[bool]:

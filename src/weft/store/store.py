@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weft.errors import NotInStoreError, StoreError
+from weft.errors import DamagedError, NotInStoreError, StoreError
 from weft.store.blobs import MAX_PROVENANCE, Blobs, FileFacts, LocalBlobs
 from weft.store.collect import collect, verify
 from weft.store.database import Database, sqlite_url
@@ -206,13 +206,17 @@ class Store:
         from weft.store.packing import unpack
 
         version = self.version(ref)
-        provenance = self._provenance(version)
-        files = self.index.files(version.address)
-        with self.blobs.fetch(version.address, files) as folder:
-            # tensor files are hashed while they are read, and compared with weft.json; all others are here
-            small = {name: facts for name, facts in files.items() if not name.endswith(".safetensors")}
-            self.blobs.check(version.address, small, folder)
-            return unpack(folder, version.digest, provenance)
+        try:
+            provenance = self._provenance(version)
+            files = self.index.files(version.address)
+            with self.blobs.fetch(version.address, files) as folder:
+                # tensor files are hashed while they are read, and compared with weft.json; all others are here
+                small = {name: facts for name, facts in files.items() if not name.endswith(".safetensors")}
+                self.blobs.check(version.address, small, folder)
+                return unpack(folder, version.digest, provenance)
+        except DamagedError:
+            self.version(str(version))  # removed while it was read: then this says so
+            raise
 
     def provenance(self, ref: str | Version) -> Provenance:
         """Where a version comes from.

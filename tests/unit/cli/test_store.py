@@ -1,0 +1,108 @@
+"""``weft store …``: the verbs from end to end, and references wherever an adapter is taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import weft
+from tests.unit.cli.support import World
+from tests.unit.store.support import make_adapter
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, and a store that nobody has to name."""
+    monkeypatch.setenv("WEFT_STORE", str(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path)
+    for number, loss in ((1, 1.5), (2, 1.2)):
+        make_adapter(number, evaluation={"eval_loss": loss}).save(tmp_path / f"run{number}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "verb", "put tag rm gc verify ls show log diff promote rollback push pull export serve-index".split()
+)
+def test_every_verb_has_help_in_80_columns(verb: str) -> None:
+    done = weft(f"store {verb} --help")
+    assert done.out.startswith(f"Usage: weft store {verb} ")
+    assert max(map(len, done.out.splitlines())) <= 80
+
+
+def test_a_life_in_the_store(place: Path) -> None:
+    assert weft("store put run1 --name medical --tag domain=health --note first").out.startswith("medical@1 ")
+    assert weft("store put run2 --name medical --metric bleu=31").out.startswith("medical@2 ")
+    assert "there already" in weft("store put run2 --name medical --metric bleu=31").err
+    assert "medical@2" in weft("store ls --where 'eval_loss<1.3'").out
+    assert weft("store ls --tag domain=health --all --json").json[0]["ref"] == "medical@1"
+    weft("store promote medical@2 prod --require 'eval_loss<=prod'")
+    refused = weft("store promote medical@1 prod --require 'eval_loss<=prod'", ok=False)
+    assert refused.status == 1
+    assert "required is <= 1.2" in refused.err
+    weft("store promote medical@1 prod")
+    assert weft("store rollback medical prod").out == "medical@prod is medical@2, it was medical@1\n"
+    assert "taken back" in weft("store log medical").out
+    assert "eval_loss" in weft("store diff medical@1 medical@2").out
+    assert "first" in weft("store show medical@1").out
+    assert weft("store tag medical@1 domain=law --remove domain", ok=False).status in (0, 2)
+    assert "domain=law" in weft("store tag medical@1 domain=law").out
+    assert weft("store export medical@prod --out out").out.strip() == str(place / "out")
+    assert weft("store verify").out.startswith("2 adapters")
+    assert "points to it" in weft("store rm medical --all", ok=False).err
+    weft("store rm medical@prod")
+    assert weft("store rm medical@1").out == "removed: medical@1\n"
+    assert weft("store gc --grace 0").out.startswith("removed 1 adapters")
+    weft("store push shelf")
+    assert "pulled doctor@2" in weft("store pull shelf medical --as doctor").out
+    weft("store log doctor --graph --picture graph.svg")
+    assert (place / "graph.svg").read_text().startswith("<svg")
+    weft("store serve-index --out site")
+    assert json.loads((place / "site" / "index.json").read_text())["catalog"] == {"doctor": [2], "medical": [2]}
+
+
+def test_damage_is_exit_status_1(place: Path) -> None:
+    weft("store put run1 --name m")
+    path = next((place / "store" / "blobs").rglob("weft.json"))
+    path.write_bytes(path.read_bytes() + b" ")
+    for line in ("store verify", "store export m --out out", "inspect m"):
+        done = weft(line, ok=False)
+        assert done.status == 1, line
+        assert "weft.json was changed" in done.out + done.err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "store put run1 --name ../x", "store put run1 --name 'a b'", "store put nothing --name m", "store put run1 --name m --tag x", "store put run1 --name m --metric x=y",
+        "store put run1", "store show m", "store show m@", "store ls --where 'a<'", "store ls --where \"name='x\"", "store rm m", "store rm m@1 --all", "store gc --grace soon",
+        "store promote m prod", "store promote m 7", "store rollback m prod", "store pull nowhere", "store --at nosuch://x ls", "store --index mysql://x ls", "store --owner a/b ls",
+        "store serve-index --with-adapters", "store log m --picture x.png", "store tag m", "store nothing", "store",
+    ],
+)  # fmt: skip
+def test_misuse_is_a_message(place: Path, line: str) -> None:
+    done = weft(line, ok=False)
+    assert done.status == 2
+    assert done.err.strip()
+    assert "Traceback" not in done.err
+    assert "bug in weft" not in done.err
+
+
+def test_references_wherever_an_adapter_is_taken(place: Path, world: World) -> None:
+    weft("store put", world.adapter, "--name", "speaker")
+    weft("store promote speaker prod")
+    assert weft("inspect speaker@prod --json").json["path"] == "speaker@prod"
+    answer = weft(
+        "generate --base", world.base, "--adapter", "speaker@prod", "--max-new-tokens", "3", "--quiet", "say one "
+    )
+    assert (
+        answer.out
+        == weft(
+            "generate --base", world.base, "--adapter", world.adapter, "--max-new-tokens", "3", "--quiet", "say one "
+        ).out
+    )
+    weft("convert speaker --to vllm --out served")
+    weft("merge --base", world.base, "--adapter", "speaker@1", "--out", "merged")
+    weft("store put speaker@prod --name again")
+    assert weft("combine speaker=0.5 again=0.5 --out mixed", ok=False).status in (0, 2)
