@@ -44,7 +44,11 @@ def train_many(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Train many adapters on one frozen base in one pass; each is the one that it would be alone."""
+    """Train many adapters on one frozen base in one pass; each is the one that it would be alone.
+
+    Whoever has broken data, or a loss that explodes, is stopped alone: the others are trained, the report says why, and the exit
+    status is 1.
+    """
     files = [*(data or []), *(more or [])]
     _check(out, resume, overwrite, files, by, sweep, sample)
     if not quiet:
@@ -76,10 +80,12 @@ def train_many(
         else:
             runs = run_many(data=files if by is None or len(files) > 1 else files[0], by=by, **common)
     if json:
-        return show.as_json({"path": runs.path, **runs.report.to_dict()})
+        show.as_json({"path": runs.path, **runs.report.to_dict()})
+        raise typer.Exit(1 if runs.report.failed else 0)
     show.result(runs.report.text())
     show.remark(f"\nwritten: {runs.path}/ (report.html, and a run folder for each adapter)", quiet)
     _say_next(runs, quiet)
+    raise typer.Exit(1 if runs.report.failed else 0)
 
 
 def _check(

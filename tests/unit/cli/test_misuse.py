@@ -55,6 +55,25 @@ MISUSE = {
     "merge without an adapter": ("merge --base {base} --out {t}/m", "--adapter"),
     "conversion to nothing": ("convert {adapter} --to gguf --out {t}/c", "gguf peft vllm"),
     "conversion over an adapter": ("convert {adapter} --to peft --out {t}/damaged", "damaged"),
+    "many without data": ("train-many --out {t}/r", "--data --by"),
+    "many without a place": ("train-many --data {train}", "--out --resume"),
+    "many, resume and overwrite": ("train-many --resume {t}/b --overwrite", "--resume --overwrite"),
+    "many by an unknown column": ("train-many --base {base} --data {train} --by usr --out {t}/r", "'usr' 'prompt'"),
+    "many by a pattern without files": ("train-many --base {base} --data {t}/*.parquet --out {t}/r", "*.parquet"),
+    "many into a place that is taken": ("train-many --base {base} --data {train} --out {t}/there", "there"),
+    "many, resume of nothing": ("train-many --resume {t}/no", "no"),
+    "many with a share that is none": ("train-many --base {base} --data {train} --eval x.jsonl --out {t}/r", "x"),
+    "no slots": ("train-many --data {train} --slots 0 --out {t}/r", "--slots"),
+    "a sweep by users": ("train-many --data {train} --by user --sweep rank=1 --out {t}/r", "--sweep --by"),
+    "a sweep of two files": ("train-many --data {train} --data {train} --sweep rank=1 --out {t}/r", "--sweep 2 files"),
+    "a sweep without =": ("train-many --base {base} --data {train} --eval 0.2 --sweep rank --out {t}/r", "rank NAME=A,B,C"),
+    "a sweep of no field": ("train-many --base {base} --data {train} --eval 0.2 --sweep rnk=1,2 --out {t}/r", "rnk rank"),
+    "a sweep without evaluation": ("train-many --base {base} --data {train} --sweep rank=1,2 --out {t}/r", "--eval"),
+    "random without a sweep": ("train-many --data {train} --random 3 --out {t}/r", "--random --sweep"),
+    "requests of nobody": ("generate --base {base} --adapter a={adapter} --jsonl {t}/requests.jsonl", "'b' request"),
+    "requests and a prompt": ("generate --base {base} --jsonl {t}/requests.jsonl hello", "--jsonl"),
+    "several adapters for a prompt": ("generate --base {base} --adapter a=x --adapter b=y hello", "--jsonl"),
+    "an adapter without a name": ("generate --base {base} --adapter {adapter} --jsonl {t}/requests.jsonl", "NAME=DIR"),
     "evaluation without data": ("eval --base {base}", "--data"),
     "no prompt": ("generate --base {base}", "prompt"),
     "an empty prompt": ("generate --base {base} ''", "prompt"),
@@ -82,6 +101,7 @@ def spoilt(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "empty.jsonl").write_text("")
     (folder / "prompts.bin").write_bytes(b"\xff\xfe\x00")
     write_rows(folder / "odd.jsonl", [{"a": 1}])
+    write_rows(folder / "requests.jsonl", [{"prompt": "x", "adapter": "b"}])
     cut = shutil.copytree(world.adapter, folder / "damaged") / "adapter_model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
     weights = shutil.copytree(world.adapter, folder / "nan") / "adapter_model.safetensors"
