@@ -13,6 +13,7 @@ This module does not know modules, slots or routes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,14 @@ from torch import Tensor
 from weft.core import dropout as dropping
 from weft.core import ops
 
-__all__ = ["Block", "Loaded", "Masks", "reference_blocks", "routed_linears"]
+__all__ = ["Block", "Loaded", "Masks", "add_product", "gated", "reference_blocks", "routed_linears", "turned", "units"]
+
+
+LONG = 256
+"""From so many tokens on, the base's product is added to the update, which saves a pass over the output; below, calls count more."""
+
+WIDE = 1024
+"""Above so many outputs a batched product with many tokens is twice as fast with B turned round, also when that is done each time."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -144,21 +152,38 @@ def forward(
     drawn: Sequence[Tensor | None],
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Products without autograd: outputs by site, and the (scaled) thin products (U, c * L, R) by block."""
-    outputs = [
-        F.linear(x, W, b) if W is not None else x.new_zeros(*x.shape[:2], width)
-        for (W, b), width in zip(bases, widths, strict=True)
-    ]
-    thins = []
-    for item in blocks:
-        thin = _thin(x, item, drawn)
-        thins.append(thin)
-        first = 0
-        for out, B, rank in zip(outputs, item.B, item.block.ranks, strict=True):
-            if B is not None:
-                part = thin if rank == thin.shape[2] else thin[:, :, first : first + rank]
-                add_product(out, item.block, part, B)
-            first += rank
+    thins = [_thin(x, item, drawn) for item in blocks]
+    whole = len(blocks) == 1 and blocks[0].block.rows is None
+    outputs, firsts = [], [0] * len(blocks)
+    for number, ((W, b), width) in enumerate(zip(bases, widths, strict=True)):
+        parts = []
+        for index, (item, thin) in enumerate(zip(blocks, thins, strict=True)):
+            rank = item.block.ranks[number]
+            parts.append(thin if rank == thin.shape[2] else thin[:, :, firsts[index] : firsts[index] + rank])
+            firsts[index] += rank
+        B = blocks[0].B[number] if whole else None
+        if B is not None and W is not None and b is None and x.shape[0] * x.shape[1] >= LONG:
+            outputs.append(_update_first(x, W, parts[0], B))
+            continue
+        out = F.linear(x, W, b) if W is not None else x.new_zeros(*x.shape[:2], width)
+        for item, part in zip(blocks, parts, strict=True):
+            mine = item.B[number]
+            if mine is not None:
+                add_product(out, item.block, part, mine)
+        outputs.append(out)
     return outputs, thins
+
+
+def _update_first(x: Tensor, W: Tensor, part: Tensor, B: Tensor) -> Tensor:
+    """The update of all rows, and the base's product added to it: a pass over the output less than the other way round."""
+    out = torch.bmm(part, turned(B)).view(*x.shape[:2], B.shape[2])
+    out.view(-1, B.shape[2]).addmm_(x.view(-1, x.shape[2]), W.t())
+    return out
+
+
+def turned(B: Tensor) -> Tensor:
+    """B (U, r, o) in the order of memory in which a batched product with many tokens is fast: turned round where o is large."""
+    return B.mT.contiguous().mT if B.shape[2] > WIDE else B
 
 
 def _thin(x: Tensor, item: Loaded, drawn: Sequence[Tensor | None]) -> Tensor:
@@ -252,33 +277,58 @@ def _backward(
     for site, grad in enumerate(flats):
         found.append(torch.mm(grad.t(), flat) if needs[2 + 2 * site] and grad is not None else None)
         found.append(grad.sum(0) if needs[3 + 2 * site] and grad is not None else None)
-    dX = _base_dX(x, bases, flats) if needs[0] else None
     dropped = [None if mask is None else dropping.drop(flat, mask).view(x.shape) for mask in drawn]
+    inners, rest = [], []
     for item, thin in zip(blocks, thins, strict=True):
-        found += _block_grads(x, item, thin, grads, dX, drawn, dropped)
-    return (dX, None, *found)
+        inner, dB = _inner_grads(item, thin, grads)
+        inners.append(inner)
+        rest += [_dA(x, item, inner, dropped), None, *dB]
+    dX = _dX(x, bases, blocks, inners, flats, drawn) if needs[0] else None
+    return (dX, None, *found, *rest)
 
 
-def _base_dX(x: Tensor, bases: Sequence[tuple[Tensor | None, Tensor | None]], flats: Sequence[Tensor | None]) -> Tensor:
+def _dX(
+    x: Tensor, bases: Sequence[tuple[Tensor | None, Tensor | None]], blocks: Sequence[Loaded], inners: Sequence[Tensor],
+    flats: Sequence[Tensor | None], drawn: Sequence[Tensor | None],
+) -> Tensor:  # fmt: skip
+    """Gradient of x: through the updates first where they are of all rows, the base's products are added to it."""
     total: Tensor | None = None
+    plain = all(mask is None for mask in drawn)
+    first = plain and len(blocks) == 1 and blocks[0].block.rows is None
+    if first:
+        total = torch.bmm(inners[0], turned(blocks[0].A)).view(-1, x.shape[2])
     for (W, _), grad in zip(bases, flats, strict=True):
         if grad is not None and W is not None:
             total = torch.mm(grad, W) if total is None else total.addmm_(grad, W)
-    return torch.zeros_like(x) if total is None else total.view(x.shape)
+    dX = torch.zeros_like(x) if total is None else total.view(x.shape)
+    for item, inner in zip(() if first else blocks, () if first else inners, strict=True):
+        if plain:
+            add_product(dX, item.block, inner, item.A)
+            continue
+        for mask, columns in zip(drawn, _columns(item.block), strict=True):
+            if columns.stop == columns.start:
+                continue
+            if mask is None:
+                add_product(dX, item.block, inner[:, :, columns], item.A[:, columns])
+            else:
+                own = torch.zeros_like(x)
+                add_product(own, item.block, inner[:, :, columns], item.A[:, columns])
+                dX += dropping.drop_(own.view(-1, x.shape[-1]), mask).view(x.shape)
+    return dX
 
 
-def _block_grads(
-    x: Tensor, item: Loaded, thin: Tensor, grads: Sequence[Tensor | None], dX: Tensor | None,
-    drawn: Sequence[Tensor | None], dropped: Sequence[Tensor | None],
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients of A, scale (None: it is a constant) and the B's of a block; its part of dX is added."""
+def _columns(block: Block) -> list[slice]:
+    """Columns of a thin product by site."""
+    ends = list(itertools.accumulate(block.ranks))
+    return [slice(end - rank, end) for end, rank in zip(ends, block.ranks, strict=True)]
+
+
+def _inner_grads(item: Loaded, thin: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradient of x Aᵀ (U, c * L, R), scaled, and those of the B's."""
     block = item.block
     inner = torch.empty_like(thin)
     dB: list[Tensor | None] = []
-    first = 0
-    for grad, B, rank in zip(grads, item.B, block.ranks, strict=True):
-        columns = slice(first, first + rank)
-        first += rank
+    for grad, B, columns in zip(grads, item.B, _columns(block), strict=True):
         if B is None:
             dB.append(None)
         elif grad is None:
@@ -290,22 +340,59 @@ def _block_grads(
             dB.append(torch.bmm(thin[:, :, columns].mT, mine))
     if item.scale is not None:
         inner.mul_(item.scale)
-    if all(mask is None for mask in drawn):
-        if dX is not None:
-            add_product(dX, block, inner, item.A)
-        return [torch.bmm(inner.mT, units(x, block)), None, *dB]
+    return inner, dB
+
+
+def _dA(x: Tensor, item: Loaded, inner: Tensor, dropped: Sequence[Tensor | None]) -> Tensor:
+    """Gradient of A (U, R, i)."""
+    block = item.block
+    if all(without is None for without in dropped):
+        return torch.bmm(inner.mT, units(x, block))
     dA = torch.empty_like(item.A)
-    first = 0
-    for mask, without, rank in zip(drawn, dropped, block.ranks, strict=True):
-        columns = slice(first, first + rank)
-        first += rank
-        if not rank:
-            continue
-        dA[:, columns] = torch.bmm(inner[:, :, columns].mT, units(x if without is None else without, block))
-        if dX is not None and mask is None:
-            add_product(dX, block, inner[:, :, columns], item.A[:, columns])
-        elif dX is not None and mask is not None:
-            own = torch.zeros_like(x)
-            add_product(own, block, inner[:, :, columns], item.A[:, columns])
-            dX += dropping.drop_(own.view(-1, x.shape[-1]), mask).view(x.shape)
-    return [dA, None, *dB]
+    for without, columns in zip(dropped, _columns(block), strict=True):
+        if columns.stop > columns.start:
+            dA[:, columns] = torch.bmm(inner[:, :, columns].mT, units(x if without is None else without, block))
+    return dA
+
+
+def gated(
+    gate: Tensor, up: Tensor, base: tuple[Tensor, Tensor | None], blocks: Sequence[Loaded], masks: Masks | None, width: int
+) -> Tensor:  # fmt: skip
+    """``down(silu(gate) * up)`` of a mixed batch: (N, L, i), (N, L, i) -> (N, L, o). What is between is computed again in the backward."""
+    factors = [tensor for item in blocks for tensor in (item.A, item.scale, *item.B)]
+    meta = (tuple(item.block for item in blocks), (width,), masks)
+    result: Tensor = _Gated.apply(gate, up, meta, *base, *factors)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, meta: Any, *tensors: Tensor | None) -> Tensor:
+        blocks, widths, masks = meta
+        bases, loaded = _unpack(blocks, 1, tensors)
+        with torch.autocast(gate.device.type, enabled=False):
+            hidden = F.silu(gate).mul_(up)
+            drawn = masks(hidden.view(-1, hidden.shape[-1])) if masks is not None else [None]
+            outputs, thins = forward(hidden, bases, loaded, widths, drawn)
+        ctx.save_for_backward(gate, up, *tensors, *thins, *drawn)
+        ctx.blocks = blocks
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, *rest = ctx.saved_tensors
+        count = len(rest) - len(ctx.blocks) - 1
+        tensors, thins, drawn = rest[:count], rest[count:-1], rest[-1:]
+        bases, loaded = _unpack(ctx.blocks, 1, tensors)
+        needs = ctx.needs_input_grad
+        with torch.autocast(gate.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                outputs = reference_blocks(F.silu(gate) * up, bases, loaded, drawn)
+                return ops.differentiable(outputs, (grad,), (gate, up, None, *tensors), needs)
+            activated = F.silu(gate)
+            found = _backward(activated * up, bases, loaded, thins, drawn, (grad,), (True, False, *needs[3:]))
+            inside = found[0]
+            assert inside is not None
+            dup = activated.mul_(inside)
+            dgate = torch.ops.aten.silu_backward(inside.mul_(up), gate)
+        return (dgate, dup, None, *found[2:])

@@ -159,8 +159,13 @@ class GatedMLPSite(_Base):
             return super().forward(x)  # type: ignore[no-any-return]
         act = self.act_fn
         known = act is self._weft.extra.get("act_fn") and not (isinstance(act, nn.Module) and is_watched(act))
-        if torch.compiler.is_compiling() or _has_any_global_hook() or not (known and all(map(_fits, children))):  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling() or _has_any_global_hook() or not known:  # type: ignore[no-untyped-call]
             return super().forward(x)  # type: ignore[no-any-return]
+        if not all(map(_fits, children)):
+            routed = _routed_down(children)
+            if routed is None:
+                return super().forward(x)  # type: ignore[no-any-return]
+            return routed.gated(self.gate_proj(x), self.up_proj(x))
         states: list[State | None] = [child.__dict__.get("_weft") for child in children]
         placed = [None if state is None else state.sites["weight"] for state in states]
         slots = [None if item is None else item.chosen for item in placed]
@@ -170,6 +175,19 @@ class GatedMLPSite(_Base):
             _operand(child, item, slot) for child, item, slot in zip(children, placed, slots, strict=True)
         )
         return gated_mlp(x, gate, up, down)
+
+
+def _routed_down(children: tuple[nn.Module, ...]) -> joint.Joint | None:
+    """The down projection under a route by rows, where it and its gate can be computed together."""
+    if any(is_watched(child) for child in children):
+        return None
+    state: State | None = children[2].__dict__.get("_weft")
+    placed = None if state is None or state.whole else state.sites.get("weight")
+    rows = None if placed is None else placed.chosen
+    if placed is None or rows is None or not rows.by_row:
+        return None
+    found = joint.joint_of(rows.route, placed, [(children[2], placed)])
+    return found if found.can_gate else None
 
 
 def _operand(child: nn.Module, placed: Placed | None, slot: Any) -> ops.Operand:

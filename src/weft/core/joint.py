@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from weft.core import dropout as dropping
 from weft.core import ops
 from weft.core.adapted import is_ours, magnitude_factor
-from weft.core.blocks import Block, Loaded, routed_linears
+from weft.core.blocks import Block, Loaded, gated, routed_linears
 from weft.core.leaves import PoolSlot
 from weft.core.members import FixedSlot
 from weft.core.quick import MISSES, QuickRows, Shared, solo_for, split_solo
@@ -78,6 +78,23 @@ class Joint:
             out = update if self.simple[number] else self._around(number, rows, update)
             outputs.append(out if rows is x else ops.shaped_like(x, out.reshape(-1, out.shape[-1])))
         return outputs
+
+    @property
+    def can_gate(self) -> bool:
+        """Whether `gated` is open: one site that is nothing but products."""
+        return len(self.members) == 1 and self.simple[0] and self.sites[0] is not None
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``down(silu(gate) * up)`` with these rows' down projection: (..., d_in), (..., d_in) -> (..., d_out)."""
+        module, placed = self.members[0]
+        lead = tuple(gate.shape[:-1])
+        count, length = self.route.view(lead, placed.site.path)
+        shape = (count, length, gate.shape[-1])
+        dropped = self._dropped()
+        masks = None if dropped is None else lambda flat: self._masks(flat, length, dropped)
+        base, loaded = _base(module, placed, gate.dtype), self._loaded(gate, dropped)
+        out = gated(gate.reshape(shape), up.reshape(shape), base, loaded, masks, self.widths[0])
+        return out if out.shape[:-1] == lead else ops.shaped_like(gate, out.reshape(-1, out.shape[-1]))
 
     def quick(self, number: int, x: Tensor) -> Tensor | None:
         """The output of one site without gradients: (..., d_in) -> (..., d_out); None where the short way is not open."""

@@ -17,19 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.core.adapted import is_ours
-from weft.core.blocks import Loaded, add_product, units
+from weft.core.blocks import LONG, Loaded, add_product, turned, units
 from weft.core.slots import Placed
 
 __all__ = ["QuickRows", "Solo", "solo_for"]
 
 NARROW = 256
 """Up to so many columns A is kept transposed: products of a few tokens are then twice as fast."""
-
-LONG = 256
-"""From so many tokens on, the base's product is added to the update, which saves a pass over the output; below, calls count more."""
-
-WIDE = 1024
-"""Above so many outputs a batched product with many tokens is twice as fast with B turned round, also when that is done each time."""
 
 MISSES = 16
 """Inputs in a row that siblings didn't share, after which each site computes for itself."""
@@ -193,7 +187,7 @@ class QuickRows:
             part, B = thins[0][number], self.blocks[0].B[number]
             assert B is not None
             if b is None and self.rows * length >= LONG:
-                out = torch.bmm(part, B.mT.contiguous().mT if B.shape[2] > WIDE else B)
+                out = torch.bmm(part, turned(B))
                 out.view(-1, out.shape[2]).addmm_(x.view(-1, x.shape[-1]), W.t())
                 return out if out.shape[:2] == x.shape[:-1] else out.view(*x.shape[:-1], out.shape[2])
             out = F.linear(x, W, b)

@@ -511,7 +511,7 @@ def test_dropout_without_seeds_follows_torchs_generator() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_autocast_and_low_precision(dtype: torch.dtype) -> None:
-    model = tiny_llama(dtype=dtype)
+    model = tiny_llama(layers=1, dtype=dtype)
     adapters = {name: made(model, LoraSpec(rank=rank), size=0.1) for name, rank in (("a", 2), ("b", 3))}
     bank = attach(model, {})
     for name, adapter in adapters.items():
