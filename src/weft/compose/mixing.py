@@ -169,6 +169,8 @@ def _settings(job: Job) -> dict[str, Any]:
     found = {item.name: getattr(job.options, item.name) for item in dataclasses.fields(Options)}
     if "seed" not in job.method.takes:
         del found["seed"]
+    if job.whole != "same":
+        found["whole"] = job.whole
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -54,7 +54,10 @@ def mix_biases(parents: Sequence[Parent], rule: str, ground: Ground | None) -> t
     for path in paths:
         base = ground.bias(path).double()
         holders = [parent for parent in parents if path in parent.adapter.biases]
-        change = [parent.weight_at(path) * (parent.adapter.biases[path].double() - base) for parent in holders]
+        change = [
+            parent.weight_at(path.rpartition(".")[0]) * (parent.adapter.biases[path].double() - base)
+            for parent in holders
+        ]
         mixed[path] = (base + torch.stack(change).sum(0)).to(holders[0].adapter.biases[path].dtype)
     return mixed, []
 
@@ -115,7 +118,8 @@ def _average(parents: Sequence[Parent], own: Mapping[int, Named], path: str, wha
         raise MixError(
             f"whole='average': the {what} {path!r} is not in all of the adapters, or has other shapes in one of them"
         )
-    weights = [parent.weight_at(path) for parent in parents]
+    owner = path.rpartition(".")[0] if what == "bias" else path  # a weight by pattern is meant for a module
+    weights = [parent.weight_at(owner) for parent in parents]
     if min(weights) < 0 or not sum(weights) > 0:
         raise MixError(
             f"whole='average': weights {weights} have no mean; they have to be positive. {_ways([parents[0].name], average=False)}"

@@ -160,6 +160,10 @@ def test_biases_of_the_base_are_summed_where_it_is_given() -> None:
     model = tiny_llama(dtype=torch.float64, attention_bias=True)
     adapters = [adapter_of(model, seed, targets=["q_proj"], bias="lora_only") for seed in (1, 2, 3)]
     check(model, adapters, base=model)
+    path = "model.layers.0.self_attn.q_proj.bias"
+    by_layer = combine([(adapters[0], {r"layers\.0\..*": 2.0, "default": 0.0}), (adapters[1], 1.0)], base=model)
+    b = model.get_parameter(path)
+    assert_close(by_layer.biases[path], b + 2 * (adapters[0].biases[path] - b) + (adapters[1].biases[path] - b))
     with pytest.raises(MixError, match=r"bias .*q_proj.bias.*different numbers.*whole='average'"):
         combine(adapters)
 

@@ -178,6 +178,7 @@ def test_heads_by_rule(tmp_path: Path) -> None:
         assert_close(tensor, 0.75 * one.modules["classifier"][name] + 0.25 * two.modules["classifier"][name])
     assert mean.provenance.base == one.provenance.base
     assert mean.spec.save_modules == ("classifier",)
+    assert mean.report.settings == {"whole": "average"}
     places = [one.save(tmp_path / "one"), two.save(tmp_path / "two")]
     chosen = combine(places, whole=str(places[1]))
     assert torch.equal(chosen.modules["classifier"]["weight"], two.modules["classifier"]["weight"])
