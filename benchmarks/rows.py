@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cotraining, measures, mixing, subjects
+from benchmarks import cotraining, measures, mixing, serving, storing, subjects
 from benchmarks.subjects import Setting
 
 __all__ = ["ROWS", "rows_for"]
@@ -121,7 +121,7 @@ def _flops(run: Callable[[], None]) -> int:
     return int(counter.get_total_flops())
 
 
-ROWS: dict[str, Callable[..., Row]] = {"step": step, "memory": memory, "attach": attach, "start": start, **mixing.ROWS, **cotraining.ROWS}
+ROWS: dict[str, Callable[..., Row]] = {"step": step, "memory": memory, "attach": attach, "start": start, **mixing.ROWS, **cotraining.ROWS, **serving.ROWS, **storing.ROWS}
 """By name, as `python -m benchmarks --row NAME '{…}'` calls them."""
 
 
@@ -136,7 +136,7 @@ def rows_for(cuda: bool) -> list[tuple[str, dict[str, Any]]]:
             for dtype in ("float32", "bfloat16"):
                 found += [("step", {**shape, "dtype": dtype, "dropout": p}) for p in (0.0, 0.05)]
             found += [("memory", {**shape, "dtype": "bfloat16", "dropout": p}) for p in (0.0, 0.05)]
-    return [*found, ("attach", {}), ("start", {"what": "import"}), ("start", {"what": "help"}), *mixing.rows(), *cotraining.rows()]
+    return [*found, ("attach", {}), ("start", {"what": "import"}), ("start", {"what": "help"}), *mixing.rows(), *cotraining.rows(), *serving.rows(), *storing.rows()]
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,7 @@ This module knows the tables; it runs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement
 from weft.errors import StoreError
 from weft.store import tables as t
 from weft.store.names import check_name
-from weft.store.predicates import And, Comparison, Condition, Not, parse_condition
+from weft.store.predicates import And, Comparison, Condition, Not, comparisons, parse_condition
 from weft.store.records import checked_tags
 
 __all__ = ["FIELDS", "Filter", "matching"]
@@ -36,6 +36,9 @@ FIELDS: dict[str, Any] = {
     "note": t.versions.c.note,
 }
 """Fields that every version has. Any other word is a metric; ``tag.KEY``, ``data`` and ``parent`` are looked up as well."""
+
+
+Few = Callable[[sa.Select[Any]], bool]
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,12 @@ class Filter:
     limit: int = 100
 
 
-def matching(asked: Filter, owner: str) -> sa.Select[Any]:
+def matching(asked: Filter, owner: str, few: Few, is_sqlite: bool) -> sa.Select[Any]:
     """Ids of the versions that a filter lets through, the newest first.
+
+    Args:
+        few: whether a query has few rows. A tag or metric that few versions have is looked up first; one that many have is looked at
+            version by version, the newest first, until there are enough.
 
     Raises:
         StoreError: a filter that can't be.
@@ -76,15 +83,11 @@ def matching(asked: Filter, owner: str) -> sa.Select[Any]:
     if not asked.all_versions and asked.alias is None:
         wanted.append(t.versions.c.newest == 1)
     if asked.name is not None:
-        names = True
-        start = asked.name.removesuffix("*")
-        check_name(start or "x")
-        exact = start == asked.name
-        wanted.append(t.names.c.name == start if exact else t.names.c.name.startswith(start, autoescape=True))
+        wanted.append(t.versions.c.name_id.in_(_named(asked.name, owner, is_sqlite)))
     if asked.base is not None:
         wanted.append(_base(asked.base))
     for key, value in checked_tags(asked.tags).items():
-        wanted.append(_holds(t.tags, key, t.tags.c.value == value))
+        wanted.append(_holds(t.tags, key, t.tags.c.value == value, few))
     if asked.data is not None:
         wanted.append(_data(asked.data))
     if asked.alias is not None:
@@ -92,8 +95,9 @@ def matching(asked: Filter, owner: str) -> sa.Select[Any]:
         wanted.append(t.versions.c.id.in_(pointing))
     if asked.where is not None:
         condition = parse_condition(asked.where)
-        wanted.append(_clause(condition))
-        names, blobs = True, True
+        wanted.append(_clause(condition, few))
+        used = {item.field for item in comparisons(condition)}
+        names, blobs = names or "name" in used, "bytes" in used
     found = sa.select(t.versions.c.id)
     if names:
         found = found.join(t.names, t.names.c.id == t.versions.c.name_id)
@@ -102,8 +106,24 @@ def matching(asked: Filter, owner: str) -> sa.Select[Any]:
     return found.where(*wanted).order_by(t.versions.c.id.desc()).limit(asked.limit)
 
 
-def _holds(table: sa.Table, key: str, condition: ColumnElement[bool]) -> ColumnElement[bool]:
-    return t.versions.c.id.in_(sa.select(table.c.version_id).where(table.c.key == key, condition))
+def _named(name: str, owner: str, is_sqlite: bool) -> sa.Select[Any]:
+    """Ids of the names that are so, or that start so."""
+    start = name.removesuffix("*")
+    check_name(start or "x")
+    found = sa.select(t.names.c.id).where(t.names.c.owner == owner)
+    if start == name:
+        return found.where(t.names.c.name == name, t.names.c.folded == name.lower())
+    if is_sqlite:  # no letter of a name comes after ~; LIKE would not use the index
+        low = start.lower()
+        found = found.where(t.names.c.folded >= low, t.names.c.folded < f"{low}~")
+    return found.where(t.names.c.name.startswith(start, autoescape=True))
+
+
+def _holds(table: sa.Table, key: str, condition: ColumnElement[bool], few: Few) -> ColumnElement[bool]:
+    rows = sa.select(table.c.version_id).where(table.c.key == key, condition)
+    if few(rows):
+        return t.versions.c.id.in_(rows)
+    return sa.exists(rows.where(table.c.version_id == t.versions.c.id).correlate(t.versions))
 
 
 def _base(text: str) -> ColumnElement[bool]:
@@ -122,20 +142,20 @@ def _data(text: str) -> ColumnElement[bool]:
     return t.versions.c.id.in_(sa.select(t.datasets.c.version_id).where(sa.or_(starts, t.datasets.c.source == text)))
 
 
-def _clause(condition: Condition) -> ColumnElement[bool]:
+def _clause(condition: Condition, few: Few) -> ColumnElement[bool]:
     if isinstance(condition, Comparison):
-        return _comparison(condition)
+        return _comparison(condition, few)
     if isinstance(condition, Not):
-        return sa.not_(_clause(condition.part))
-    parts = [_clause(part) for part in condition.parts]
+        return sa.not_(_clause(condition.part, few))
+    parts = [_clause(part, few) for part in condition.parts]
     return sa.and_(*parts) if isinstance(condition, And) else sa.or_(*parts)
 
 
-def _comparison(item: Comparison) -> ColumnElement[bool]:
+def _comparison(item: Comparison, few: Few) -> ColumnElement[bool]:
     """One comparison. A version without the metric or tag is let through by none, ``!=`` as little as ``=``."""
     kind, dot, key = item.field.partition(".")
     if kind == "tag" and dot:
-        return _holds(t.tags, check_name(key, "tag"), _compare(t.tags.c.value, item.operator, item.text))
+        return _holds(t.tags, check_name(key, "tag"), _compare(t.tags.c.value, item.operator, item.text), few)
     if item.field in ("data", "parent"):
         if item.operator != "=":
             raise StoreError(f"{item}: {item.field} is compared with a digest by =, as in {item.field}=9f2c41d0")
@@ -151,7 +171,7 @@ def _comparison(item: Comparison) -> ColumnElement[bool]:
             f"{item}: {item.field} is taken for a metric, and metrics are compared with numbers. Fields with text: "
             "name, digest, base, base_name, architecture, note, created, tag.KEY"
         )
-    return _holds(t.metrics, metric, _compare(t.metrics.c.value, item.operator, float(item.value)))
+    return _holds(t.metrics, metric, _compare(t.metrics.c.value, item.operator, float(item.value)), few)
 
 
 def _column(item: Comparison) -> ColumnElement[bool]:

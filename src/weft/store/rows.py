@@ -24,6 +24,9 @@ __all__ = ["Files", "Reader", "pack_files", "select_versions", "unpack_files"]
 
 Files = Mapping[str, FileFacts]
 
+_FEW = 10_000
+"""Rows that are looked up before anything else."""
+
 
 class Reader:
     """Versions of one owner, in a database that others share. Each public method sees one moment."""
@@ -73,7 +76,13 @@ class Reader:
         """Versions that a filter lets through, the newest first."""
 
         def work(c: Connection) -> list[Version]:
-            ids = [row.id for row in c.execute(matching(asked, self.owner))]
+            def few(query: sa.Select[Any]) -> bool:
+                return (
+                    c.execute(sa.select(sa.func.count()).select_from(query.limit(_FEW + 1).subquery())).scalar_one()
+                    <= _FEW
+                )
+
+            ids = [row.id for row in c.execute(matching(asked, self.owner, few, self.database.is_sqlite))]
             rows = c.execute(select_versions().where(t.versions.c.id.in_(ids))).all() if ids else []
             order = {key: place for place, key in enumerate(ids)}
             return self._filled(c, sorted(rows, key=lambda row: order[row.id]))

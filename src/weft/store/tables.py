@@ -97,7 +97,7 @@ versions = Table(
     Column("sites", Integer, nullable=False),
     Column("parameters", BigInteger, nullable=False),
     UniqueConstraint("name_id", "number", name="one_version"),
-    Index("versions_of_owner", "owner", "newest", "id"),
+    Index("versions_of_owner", "owner", "newest", "id", "rank", "sites", "parameters"),  # answers filters by itself
     Index("versions_by_digest", "digest"),
     Index("versions_by_address", "address"),
     Index("versions_by_base", "base"),
@@ -144,6 +144,7 @@ datasets = Table(
     Column("role", Text, nullable=False),
     UniqueConstraint("version_id", "position", name="one_dataset"),
     Index("datasets_by_digest", "digest", "version_id"),
+    Index("datasets_by_source", "source", "version_id"),
 )
 
 aliases = Table(

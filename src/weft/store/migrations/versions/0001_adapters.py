@@ -67,7 +67,7 @@ def upgrade() -> None:
         sa.Column("parameters", sa.BigInteger, nullable=False),
         sa.UniqueConstraint("name_id", "number", name="one_version"),
     )
-    op.create_index("versions_of_owner", "versions", ["owner", "newest", "id"])
+    op.create_index("versions_of_owner", "versions", ["owner", "newest", "id", "rank", "sites", "parameters"])
     op.create_index("versions_by_digest", "versions", ["digest"])
     op.create_index("versions_by_address", "versions", ["address"])
     op.create_index("versions_by_base", "versions", ["base"])
@@ -99,6 +99,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("version_id", "position", name="one_dataset"),
     )
     op.create_index("datasets_by_digest", "datasets", ["digest", "version_id"])
+    op.create_index("datasets_by_source", "datasets", ["source", "version_id"])
     op.create_table(
         "aliases",
         _of("name"),
