@@ -20,15 +20,20 @@ from torch import Tensor, nn
 from benchmarks import measures, subjects
 from benchmarks.subjects import SUFFIXES, Setting
 
-__all__ = ["decode", "load", "loaded_memory", "prefill"]
+__all__ = ["ROWS", "decode", "load", "loaded_memory", "prefill", "rows"]
 
 PAST = 64
 """Tokens in the cache of a decode step."""
 
+STEPS = 3
+"""Decode steps that are timed together."""
+
 Row = dict[str, Any]
 
 
-def decode(rounds: int, rows: int, layers: int, width: int, bar: float, adapters: int | None = None, device: str = "cpu") -> Row:
+def decode(
+    rounds: int, rows: int, layers: int, width: int, bar: float, adapters: int | None = None, device: str = "cpu"
+) -> Row:
     """Time of a decode step of a mixed batch over the base alone."""
     setting = Setting(layers, width, rows, PAST + 8, "float32", device=device)
     count = rows if adapters is None else adapters
@@ -55,11 +60,16 @@ def prefill(rounds: int, rows: int, length: int, layers: int, width: int, bar: f
 
     steps = {"base": forward(base), "peft": forward(peft_model, adapter_names=_turned(entries))}
     steps["weft"] = _routed(forward(weft_model), weft_model, entries)
-    return _result(steps, rounds, f"prefill, {rows} × {length} tokens of {rows} adapters, {layers} layers × {width}", bar, setting)
+    return _result(
+        steps, rounds, f"prefill, {rows} × {length} tokens of {rows} adapters, {layers} layers × {width}", bar, setting
+    )
 
 
-def load(rounds: int, layers: int = 32, width: int = 64, number: int = 100) -> list[Row] | Row:
-    """Milliseconds to load the hundredth adapter, and its ratio to the first."""
+def load(rounds: int, what: str, layers: int = 32, width: int = 64, number: int = 100) -> Row:
+    """Time to load the hundredth adapter: in milliseconds, or over the first.
+
+    peft's time grows with what is loaded, quadratically in total: its second adapter is measured, not its hundredth.
+    """
     import peft
 
     import weft
@@ -84,10 +94,11 @@ def load(rounds: int, layers: int = 32, width: int = 64, number: int = 100) -> l
         theirs.add_adapter("a1", config)
         second = time.perf_counter() - middle
     return {
-        "row": f"loading adapter {number} into a running model, {layers} layers × 7 sites, over the first",
-        "bar": 1.5,
-        "weft": last / first,
-        "peft": second / (middle - begin),
+        "row": f"loading adapter {number} into a running model, {layers} layers × 7 sites, "
+        + ("milliseconds (peft: its second)" if what == "milliseconds" else "over the first"),
+        "bar": 20.0 if what == "milliseconds" else 1.5,
+        "weft": 1000 * last if what == "milliseconds" else last / first,
+        "peft": 1000 * second if what == "milliseconds" else float("nan"),
         "milliseconds": {
             "weft's first": round(1000 * first, 1), f"weft's {number}th": round(1000 * last, 1),
             "peft's first": round(1000 * (middle - begin), 1), "peft's second": round(1000 * second, 1),
@@ -183,7 +194,7 @@ def _step(model: nn.Module, ids: Tensor, rows: int, adapter_names: list[str] | N
 
     def run() -> None:
         with torch.no_grad():
-            for _ in range(5):
+            for _ in range(STEPS):
                 model(input_ids=ids, past_key_values=cache, use_cache=True, **more)
                 cache.crop(-1)
 
@@ -217,6 +228,30 @@ def _first_loads(base: nn.Module, adapter: Any, rounds: int) -> list[float]:
 
 def _resident() -> int:
     """Bytes of this process in memory."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     return int(psutil.Process().memory_info().rss)
+
+
+def rows() -> list[tuple[str, dict[str, Any]]]:
+    """All rows of this file: the name of the function and its arguments."""
+    large, deep = {"layers": 8, "width": 512}, {"layers": 32, "width": 64, "rows": 16}
+    return [
+        ("decode", {**large, "rows": 32, "bar": 1.4}),
+        ("decode", {**large, "rows": 64, "bar": 1.6}),
+        ("decode", {**deep, "bar": 1.8}),
+        ("decode", {**deep, "adapters": 1, "bar": 1.3}),
+        ("prefill", {**large, "rows": 32, "length": 64, "bar": 1.08}),
+        ("load", {"what": "milliseconds"}),
+        ("load", {"what": "ratio"}),
+        ("loaded_memory", {}),
+    ]
+
+
+ROWS: dict[str, Callable[..., Row]] = {
+    "decode": decode,
+    "prefill": prefill,
+    "load": load,
+    "loaded_memory": loaded_memory,
+}
+"""By name, as `python -m benchmarks --row NAME '{…}'` calls them."""
