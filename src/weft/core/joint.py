@@ -21,7 +21,7 @@ from weft.core.adapted import is_ours, magnitude_factor
 from weft.core.blocks import Block, Loaded, gated, routed_linears
 from weft.core.leaves import PoolSlot
 from weft.core.members import FixedSlot
-from weft.core.quick import MISSES, QuickRows, Shared, solo_for, split_solo
+from weft.core.quick import MISSES, QuickRows, Shared, solo_for
 from weft.core.routes import Route, Rows
 from weft.core.slots import Placed
 from weft.errors import BankError
@@ -140,7 +140,7 @@ class Joint:
         keys = [key if key >= 0 and any(ranks[key]) else -1 for key in route.keys]
         if route.lengths is not None and not route.even:
             return _segments(keys, route.lengths, ranks)
-        return _together(keys, ranks)
+        return _together(keys, ranks, self.members[0][1].site.weight.device)
 
     # factors
 
@@ -275,20 +275,14 @@ def joint_of(route: Route, key: Any, members: Sequence[tuple[nn.Module, Placed]]
 
 def quick(module: nn.Module, placed: Placed, slot: Any, x: Tensor) -> Tensor | None:
     """A linear site without gradients, by the shortest way; None where it is not open."""
-    if torch.is_autocast_enabled(x.device.type):
-        return None
-    if not slot.by_row:
-        home = slot.solo
+    if slot.by_row:
+        home = slot.home
         if home is None:
-            home = solo_for(module, placed, slot)
-        if home and home[0].shared.misses > MISSES:
-            home = split_solo(*home)
-        return home[0](home[1], x) if home else None
-    home = slot.home
-    if home is None:
-        home = slot.home = _home(module, placed, slot)
-    joint: Joint = home[0]
-    return joint.quick(home[1], x)
+            home = slot.home = _home(module, placed, slot)
+        joint: Joint = home[0]
+        return joint.quick(home[1], x)
+    found = solo_for(module, placed, slot) if slot.solo is None else None
+    return found.solo(found.number, x) if found else None
 
 
 def _home(module: nn.Module, placed: Placed, rows: Rows) -> tuple[Joint, int]:
@@ -318,7 +312,7 @@ def stream(seed: int, path: str) -> int:
     return (z ^ (z >> 31)) & (2**32 - 1)
 
 
-def _together(keys: list[int], ranks: list[tuple[int, ...]]) -> list[tuple[Block, list[int]]]:
+def _together(keys: list[int], ranks: list[tuple[int, ...]], device: torch.device) -> list[tuple[Block, list[int]]]:
     """Blocks of rows of equal length: by number of rows and ranks."""
     rows: dict[int, list[int]] = {}
     for row, key in enumerate(keys):
@@ -335,7 +329,9 @@ def _together(keys: list[int], ranks: list[tuple[int, ...]]) -> list[tuple[Block
     plans = []
     for (count, of_site), items in classes.items():
         order = [row for _, mine in items for row in mine]
-        plans.append((Block(_compact(order, len(keys)), len(items), count, of_site), [part for part, _ in items]))
+        plans.append(
+            (Block(_compact(order, len(keys), device), len(items), count, of_site), [part for part, _ in items])
+        )
     return plans
 
 
@@ -366,12 +362,12 @@ def _segments(keys: list[int], lengths: Sequence[int], ranks: list[tuple[int, ..
     return plans
 
 
-def _compact(order: list[int], count: int) -> tuple[int, int] | Tensor | None:
+def _compact(order: list[int], count: int, device: torch.device) -> tuple[int, int] | Tensor | None:
     if order == list(range(count)):
         return None
     if order == list(range(order[0], order[0] + len(order))):
         return order[0], order[0] + len(order)
-    return torch.tensor(order)
+    return torch.tensor(order, device=device)
 
 
 def _stack(slots: Sequence[Any]) -> tuple[Tensor, Tensor]:

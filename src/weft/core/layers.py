@@ -22,6 +22,8 @@ from weft.core.factors import Kind
 from weft.core.slots import Placed, Slot, State
 from weft.errors import BankError
 
+autocasts = torch._C._is_any_autocast_enabled
+
 __all__ = ["ConvSite", "EmbeddingSite", "LinearSite", "eagerly", "mixin_for", "row_norms"]
 
 if TYPE_CHECKING:
@@ -44,8 +46,9 @@ class LinearSite(_Base):
         if slot is None:
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if not (torch.is_grad_enabled() or x.is_inference() or torch.compiler.is_compiling()):
-            found = joint.quick(self, placed, slot, x)
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference() or autocasts()):
+            home = None if slot.by_row else slot.solo
+            found = home.solo(home.number, x) if home else joint.quick(self, placed, slot, x)
             if found is not None:
                 return found
         if placed.group is not None and not torch.compiler.is_compiling():

@@ -94,6 +94,8 @@ class Solo:
         stamp = None if self.fixed else _stamp(self.slots)
         thins = self.shared.find(x, stamp)
         if thins is None:
+            if self.shared.misses > MISSES:
+                return split_solo(self, number).solo(0, x)
             A, ranks, B = self._ready(x)
             width = x.shape[-1]
             flat = x if x.dim() == 2 else x.reshape(-1, width)
@@ -102,7 +104,11 @@ class Solo:
             thins = (flat, parts, B, None if flat is x else (*x.shape[:-1], -1))
             self.shared.keep(x, thins, stamp)
         flat, parts, factors, shape = thins
-        W, b = weight_and_bias(self.members[number][0], self.turned[number])
+        module = self.members[number][0]
+        parameters = module._parameters
+        W: Any = parameters["weight"]
+        b: Any = module.bias if module.__dict__["_weft"].values else parameters["bias"]
+        W = W.t() if self.turned[number] else W
         scale = self.scales[number]
         if b is None and flat.shape[0] >= LONG:
             B = factors[number]
@@ -182,7 +188,10 @@ class QuickRows:
 
     def __call__(self, number: int, x: Tensor, length: int, thins: Any) -> Tensor:
         """The output of one site: (..., i) -> (..., o), x contiguous, N rows of ``length`` tokens."""
-        W, b = weight_and_bias(self.members[number][0], self.turned[number], own=False)
+        parameters = self.members[number][0]._parameters
+        W: Any = parameters["weight"]
+        b: Any = parameters["bias"]
+        W = W.t() if self.turned[number] else W
         if self._one:
             part, B = thins[0][number], self.blocks[0].B[number]
             assert B is not None
@@ -212,13 +221,3 @@ class QuickRows:
             thin = torch.bmm(mine, A)
             found.append((thin,) if len(block.ranks) == 1 else thin.split_with_sizes(list(block.ranks), 2))
         return found
-
-
-def weight_and_bias(module: nn.Module, turned: bool, own: bool = True) -> tuple[Tensor, Tensor | None]:
-    """The base's weight (o, i) and the bias, an adapter's own one in its place where there is one; past nn.Module's slow lookup."""
-    parameters = module._parameters
-    W, b = parameters["weight"], parameters["bias"]
-    assert W is not None
-    if own and module.__dict__["_weft"].values:
-        b = module.bias  # type: ignore[assignment]
-    return W.t() if turned else W, b
