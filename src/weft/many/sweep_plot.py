@@ -61,9 +61,12 @@ def _across(table: Sequence[Mapping[str, Any]]) -> str:
     """The setting on the x axis: numbers first, then the one with most values."""
     names = list(table[0]["settings"])
     values = {name: {str(row["settings"][name]) for row in table} for name in names}
-    found: str = max(
-        names, key=lambda name: (all(_is_number(row["settings"][name]) for row in table), len(values[name]))
-    )
+
+    def worth(name: str) -> tuple[bool, int, bool]:
+        column = [row["settings"][name] for row in table]
+        return all(map(_is_number, column)), len(values[name]), any(isinstance(value, float) for value in column)
+
+    found: str = max(names, key=worth)
     return found
 
 

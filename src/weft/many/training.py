@@ -7,6 +7,7 @@ with them stops that user alone. The base is afterwards what it was before, what
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import shlex
@@ -212,7 +213,13 @@ def _go(
         Counter(stop, options.save_every), labels, plan.steps_of, plan.steps_of is not None,
     )  # fmt: skip
     desk.checkpoints.mkdir(parents=True, exist_ok=True)
-    rounds = Rounds(engine, desk, options.slots, list(own), plan.judge_rung, world.share(), world.measurer(engine.measure))
+    others = f" in each of {world.count} processes" if world.count > 1 and world.mode == "users" else ""
+    shown.tell(
+        f"{len(plan.recipes):,} adapters, {options.slots} at once{others}, up to {engine.settings.budget:,} tokens in one forward"
+    )
+    rounds = Rounds(
+        engine, desk, options.slots, list(own), plan.judge_rung, world.share(), world.measurer(engine.measure)
+    )
     try:
         if resume:
             found = state.resume(rounds, desk.checkpoints, desk.reopen)
@@ -400,7 +407,9 @@ def _names(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: name_of(item) for name, item in value.items()}
     if isinstance(value, list | tuple) and all(isinstance(item, str | os.PathLike) for item in value):
-        return [name_of(item) for item in value]
+        return [_names(item) for item in value]
+    if isinstance(value, str) and glob.has_magic(value) and not os.path.exists(value):
+        return os.path.abspath(os.path.expanduser(value))
     return name_of(value)
 
 
