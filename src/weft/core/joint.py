@@ -63,9 +63,8 @@ class Joint:
         lead, path = tuple(x.shape[:-1]), self.members[0][1].site.path
         count, length = self.route.view(lead, path)
         x = x.to(ops.compute_dtype(x))
-        rows = (
-            x if x.dim() == 3 and x.shape[0] == count and x.is_contiguous() else x.reshape(count, length, x.shape[-1])
-        )
+        rows = x if x.dim() == 3 and x.shape[0] == count else x.reshape(count, length, x.shape[-1])
+        rows = rows.contiguous()
         bases = [
             _base(module, placed, x.dtype) if simple else (None, None)
             for simple, (module, placed) in zip(self.simple, self.members, strict=True)
@@ -76,7 +75,9 @@ class Joint:
         outputs = []
         for number, update in enumerate(found):
             out = update if self.simple[number] else self._around(number, rows, update)
-            outputs.append(out if rows is x else ops.shaped_like(x, out.reshape(-1, out.shape[-1])))
+            outputs.append(
+                out if out.shape[:-1] == x.shape[:-1] else ops.shaped_like(x, out.reshape(-1, out.shape[-1]))
+            )
         return outputs
 
     @property
@@ -93,7 +94,9 @@ class Joint:
         dropped = self._dropped()
         masks = None if dropped is None else lambda flat: self._masks(flat, length, dropped)
         base, loaded = _base(module, placed, gate.dtype), self._loaded(gate, dropped)
-        out = gated(gate.reshape(shape), up.reshape(shape), base, loaded, masks, self.widths[0])
+        out = gated(
+            gate.reshape(shape).contiguous(), up.reshape(shape).contiguous(), base, loaded, masks, self.widths[0]
+        )
         return out if out.shape[:-1] == lead else ops.shaped_like(gate, out.reshape(-1, out.shape[-1]))
 
     def quick(self, number: int, x: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from weft.core.dropout import SPARSE_BELOW, draw, drop, drop_
+from weft.core.dropout import SPARSE_BELOW, draw, draw_rows, drop, drop_
 
 RATES = [0.001, 0.01, 0.05, 0.1, 0.129, 0.13, 0.3, 0.5, 0.9]
 
@@ -98,3 +98,35 @@ def test_drop_leaves_its_argument_and_takes_any_strides(p: float) -> None:
         again = x.contiguous()
         assert drop_(again, dropped).data_ptr() == again.data_ptr()
         assert torch.equal(again, got)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.4])
+def test_what_a_row_draws_depends_on_its_seed_and_on_nothing_that_follows(p: float) -> None:
+    x = torch.empty(9, 50)
+    drawn = draw_rows(x, [4, 2, 3], [p, p, p], [7, 8, 7])
+    assert drawn is not None
+    mask = torch.zeros(9 * 50, dtype=torch.bool)
+    if drawn.dtype == torch.bool:
+        mask = drawn.view(-1)
+    else:
+        mask[drawn] = True
+    mask = mask.view(9, 50)
+    assert torch.equal(mask[6:], mask[:3]), "the same seed draws the same, however long the row is"
+    assert not torch.equal(mask[4:6], mask[:2])
+    alone = draw_rows(torch.empty(2, 50), [2], [p], [8])
+    assert alone is not None
+    single = (
+        alone.view(-1) if alone.dtype == torch.bool else torch.zeros(100, dtype=torch.bool).index_fill_(0, alone, True)
+    )
+    assert torch.equal(single.view(2, 50), mask[4:6])
+
+
+def test_rows_drop_with_their_own_probability() -> None:
+    torch.manual_seed(0)
+    drawn = draw_rows(torch.empty(300, 1000), [100, 100, 100], [0.0, 0.05, 0.3], [None, None, None])
+    assert drawn is not None
+    shares = [float(part.float().mean()) for part in drawn.chunk(3)]
+    assert shares[0] == 0
+    assert abs(shares[1] - 0.05) < 0.005
+    assert abs(shares[2] - 0.3) < 0.01
+    assert draw_rows(torch.empty(4, 4), [4], [0.0], [1]) is None
