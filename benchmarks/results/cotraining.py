@@ -11,7 +11,7 @@ from benchmarks.cotraining import curve
 
 __all__ = ["measure"]
 
-TOTAL, ROUNDS = 512, 5
+TOTAL, ROUNDS = 512, 3
 MODEL = {"layers": 8, "width": 512, "dtype": "float32"}
 
 
