@@ -28,7 +28,19 @@ def measure(shared: Path, folder: Path) -> dict[str, Any]:
         options = [part for setting in SETTINGS for part in ("--set", setting)]
         weft("train", "--data", str(parts["train"]), "--eval", str(parts["valid"]), "--out", out, "--quiet", *options)
         found = json.loads(
-            weft("eval", "--adapter", out, "--data", str(parts["valid"]), "--limit", "20", "--max-new-tokens", "48", "--json", "--quiet")
+            weft(
+                "eval",
+                "--adapter",
+                out,
+                "--data",
+                str(parts["valid"]),
+                "--limit",
+                "20",
+                "--max-new-tokens",
+                "48",
+                "--json",
+                "--quiet",
+            )
         )
     before, after = found["base"], found["adapter"]
     return {

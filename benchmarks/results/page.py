@@ -36,5 +36,10 @@ def _part(part: dict[str, Any]) -> str:
 
 
 def _row(cells: list[Any]) -> str:
-    shown = (f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else str(cell) for cell in cells)
+    shown = (f"{cell:.4g}" if isinstance(cell, float) else "" if cell is None else _inline(str(cell)) for cell in cells)
     return f"| {' | '.join(shown)} |"
+
+
+def _inline(text: str) -> str:
+    """Text in a cell of a table: no line break, no bar."""
+    return text.replace("\n", " / ").replace("|", "\\|")
