@@ -276,6 +276,8 @@ def parse(
         BankError: an unknown name, a weight that is no number, lengths or seeds that don't fit the entries.
     """
     whole = entries is None or isinstance(entries, str | Mapping)
+    if not whole and not isinstance(entries, Sequence):
+        raise BankError(f"a route is {entries!r}; expected a list with an entry a row, or one entry for all rows")
     rows: list[Any] = [entries] if whole else list(entries)  # type: ignore[arg-type]
     if not rows:
         raise BankError("a route needs at least one entry: a name, None for the base, or {name: weight}")

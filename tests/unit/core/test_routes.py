@@ -552,6 +552,7 @@ def test_mistakes_are_named() -> None:
         (["a", "zz"], r"entry 1 .*'zz'"),
         (["a", 3], "entry 1 of the route is 3"),
         ([], "at least one entry"),
+        (5, "a route is 5; expected a list"),
         ([{}], "empty mixture"),
         ([{"a": float("nan")}], "weight of 'a' is nan"),
         ([{"a": True}], "weight of 'a' is True"),
