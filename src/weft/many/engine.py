@@ -25,6 +25,7 @@ from weft.many.losses import find_head, head_losses, model_losses
 from weft.many.pieces import OVERHEAD, Piece, compose
 from weft.spec import LoraSpec
 from weft.train.scoring import by_row, keeps_logits, losses, wanted_positions
+from weft.train.streams import own_stream
 from weft.train.trainer import rate_and_decay
 
 __all__ = ["Apart", "Engine", "Measured", "Move", "Settings"]
@@ -84,13 +85,14 @@ class Engine:
     """A base, a bank on it, and how forwards of several adapters are made."""
 
     def __init__(self, model: nn.Module, bank: Bank, tokenizer: Any, settings: Settings | None = None) -> None:
-        self.model, self.bank = model, bank
+        self.model, self.bank = model, bank  # `draws`: the base has dropout of its own
         self.settings = settings or Settings()
         self.device = next(model.parameters()).device
         self._tokenizer = tokenizer
         self._collators: dict[tuple[bool, bool], Collator] = {}
         self._head = find_head(model)
         self._keeps = keeps_logits(model)
+        self.draws = has_dropout(model)
 
     # what an engine is
 
@@ -138,6 +140,8 @@ class Engine:
 
     def forwards(self, pieces: Sequence[Piece]) -> list[list[Piece]]:
         """Which pieces are computed together."""
+        if self.draws and any(piece.seeds for piece in pieces):  # what the base drops would depend on the neighbours
+            return [[piece] for piece in sorted(pieces, key=lambda piece: piece.micro)]
         return compose(pieces, self.settings.budget, self.settings.overhead)
 
     # what all do
@@ -179,7 +183,10 @@ class Engine:
         found: dict[str, float] = {}
         self.model.train()
         for part in self.forwards(pieces):
-            with self.routed(part, seeded=True):
+            with (
+                self.routed(part, seeded=True),
+                own_stream(part[0].stream) if self.draws else contextlib.nullcontext(),
+            ):
                 total, values, rows, weights = self._losses(part)
                 total.backward()  # type: ignore[no-untyped-call]
             sums, _ = by_row(values * weights[rows], rows, len(weights))
@@ -253,6 +260,16 @@ class Engine:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether the base itself drops something in training, in a module or by its config."""
+    if any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules()):
+        return True
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in settings.items())
 
 
 class Apart(Engine):

@@ -139,6 +139,7 @@ class Member:
                     train.kind == "classification",
                     number,
                     self.name,
+                    stream_seed(self.recipe.seed, self.course.step, number, self.process),
                 )
             )
         return found

@@ -29,6 +29,7 @@ class Piece:
         packed: a row holds several examples.
         classifies: labels are one a row.
         micro: which forward of the adapter's step; pieces of two micro-batches are never mixed.
+        stream: seed of what the base itself draws (its own dropout), where it is trained.
         owner: whose result it is, where a key is not enough (the base is measured for somebody).
     """
 
@@ -40,6 +41,7 @@ class Piece:
     classifies: bool = False
     micro: int = 0
     owner: str = ""
+    stream: int = 0
 
     @property
     def rows(self) -> int:

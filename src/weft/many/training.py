@@ -238,7 +238,7 @@ def _go(
             f"stopped after round {rounds.number}, {len(desk.rows)} of {len(own)} adapters done; "
             f"go on: weft train-many --resume {shlex.quote(str(folder.root))}"
         )
-    return desk.rows, rounds, _notes(plan)
+    return desk.rows, rounds, _notes(plan, engine)
 
 
 def _close(
@@ -390,10 +390,15 @@ def _labels(plan: Plan) -> tuple[str, ...] | None:
     return tuple(sorted(set(found))) or None
 
 
-def _notes(plan: Plan) -> tuple[str, ...]:
+def _notes(plan: Plan, engine: Engine) -> tuple[str, ...]:
+    found = []
+    if engine.draws:
+        found.append(
+            "this base has dropout of its own, which would depend on neighbours: adapters went through it one after another"
+        )
     if any(share.eval_data is None for share in plan.shares.values()):
-        return ("users without evaluation data keep their last factors, and nothing says whether these are good",)
-    return ()
+        found.append("users without evaluation data keep their last factors, and nothing says whether these are good")
+    return tuple(found)
 
 
 def _fast() -> type[Engine]:

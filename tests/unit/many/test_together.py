@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import weft
+from tests.models import tiny_gpt2
 from tests.tolerances import TOLERANCES
 from tests.unit.many.support import furthest, user_rows
 from tests.unit.train.support import byte_base, same
@@ -111,6 +112,18 @@ def test_neighbours_change_nothing(small: Pair, users: dict[str, Any], tmp_path:
         found.append(runs["user 3"].adapter)
     for other in found[1:]:
         error, size = furthest(other, found[0])
+        assert error <= TOLERANCES["steps"].atol + TOLERANCES["steps"].rtol * size
+
+
+def test_a_base_that_drops_by_itself_draws_for_each_adapter_what_it_draws_alone(tmp_path: Path) -> None:
+    """GPT-2 has dropout of its own: users go through it one after another, with their own streams."""
+    model, tokenizer = tiny_gpt2(vocab_size=259, resid_pdrop=0.2, embd_pdrop=0.1), byte_base(layers=1)[1]
+    recipe = Recipe(weft.LoraSpec(rank=2, dropout=0.1), max_steps=4, learning_rate=1e-2, batch_size=3)
+    data = {f"user {number}": user_rows(number) for number in range(3)}
+    common: dict[str, Any] = {"base": (model, tokenizer), "recipe": recipe, "progress": False}
+    runs = weft.train_many(**common, data=data, out=tmp_path / "many")
+    for name, rows in data.items():
+        error, size = furthest(runs[name].adapter, weft.train(**common, data=rows, out=tmp_path / name).adapter)
         assert error <= TOLERANCES["steps"].atol + TOLERANCES["steps"].rtol * size
 
 
