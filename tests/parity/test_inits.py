@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tests.models import batch_for, tiny_bert, tiny_llama
 from tests.tolerances import Tolerance, assert_close
 from weft.core.inits import Start, initialise
-from weft.core.sites import Site, find_sites
+from weft.core.site import Site
+from weft.core.sites import find_sites
 from weft.spec import LoraSpec
 
 peft = pytest.importorskip("peft", reason="needs peft to compare with")

@@ -21,7 +21,7 @@ from weft.adapter import Adapter
 from weft.core import loading
 from weft.core.factors import Factors, concat, inner
 from weft.core.layers import row_norms
-from weft.core.sites import Site
+from weft.core.site import Site
 from weft.core.tree import by_path, walk
 from weft.errors import MixError
 from weft.identity import Fingerprint, fingerprint

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from weft.core.data_passes import collect_activations, collect_gradients
 from weft.core.decompose import leading
-from weft.core.sites import Site
+from weft.core.site import Site
 from weft.core.starts import Data, Plan, Start, initialiser
 from weft.errors import ShapeError, SpecError
 

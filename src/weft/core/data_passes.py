@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.core.decompose import PrincipalAxes
-from weft.core.sites import Site
+from weft.core.site import Site
 from weft.errors import NotFiniteError, SpecError
 
 __all__ = ["collect_activations", "collect_gradients", "undisturbed"]

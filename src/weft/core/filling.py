@@ -11,7 +11,7 @@ from torch import Tensor
 from weft.core.adapted import row_norms
 from weft.core.factors import Factors, compact_groups, spread_groups
 from weft.core.members import FixedSlot
-from weft.core.sites import Site
+from weft.core.site import Site
 from weft.core.slots import Slot
 from weft.core.starts import Start
 from weft.spec import LoraSpec

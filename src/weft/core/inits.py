@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from weft.core import data_inits  # noqa: F401 (registers EVA and LoRA-GA)
 from weft.core.decompose import leading
-from weft.core.sites import Site
+from weft.core.site import Site
 from weft.core.starts import INITIALISERS, Data, Initialiser, Plan, Start, initialiser
 from weft.errors import SpecError
 from weft.spec import LoraSpec

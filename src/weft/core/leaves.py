@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from weft.core.sites import Site
+from weft.core.site import Site
 from weft.errors import BankError
 
 __all__ = ["Leaf", "PoolSlot", "Settles"]

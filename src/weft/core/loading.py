@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from weft.adapter import Adapter, Provenance
 from weft.core.factors import Factors
-from weft.core.sites import Site, SiteMap, find_sites, site_at, tie_notes
+from weft.core.site import Site, site_at
+from weft.core.sites import SiteMap, find_sites, tie_notes
 from weft.core.tree import Node, has_plain_forward
 from weft.errors import BaseMismatchError, KeysError, ShapeError, SpecError, TargetError, did_you_mean, some_names
 from weft.identity import Fingerprint

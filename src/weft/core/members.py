@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.factors import Factors, compact_groups
-from weft.core.sites import Site, SiteMap
+from weft.core.site import Site
+from weft.core.sites import SiteMap
 from weft.core.slots import Slot
 from weft.errors import NotFiniteError
 from weft.spec import LoraSpec

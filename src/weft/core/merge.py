@@ -19,7 +19,7 @@ from weft.adapter import Adapter
 from weft.core import loading
 from weft.core.factors import Factors
 from weft.core.layers import row_norms
-from weft.core.sites import Site
+from weft.core.site import Site
 from weft.core.tree import by_path, has_plain_forward, walk
 from weft.errors import MergeError, NotFiniteError
 

@@ -17,7 +17,7 @@ from weft.core.by_parts import BiasSite
 from weft.core.groups import form_groups
 from weft.core.layers import mixin_for
 from weft.core.ring import Ring
-from weft.core.sites import Site
+from weft.core.site import Site
 from weft.core.slots import Placed, State, hold, let_go, place, restore, slot_key
 from weft.core.surroundings import Surroundings
 from weft.core.whole import copy_whole, place_whole, tie_copies

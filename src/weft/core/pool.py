@@ -21,7 +21,8 @@ from weft.core.filling import start_slot
 from weft.core.inits import initialise
 from weft.core.leaves import Leaf, PoolSlot
 from weft.core.members import FlatSites, Member, flatten
-from weft.core.sites import Site, find_sites
+from weft.core.site import Site
+from weft.core.sites import find_sites
 from weft.errors import BankError, SpecError
 from weft.spec import LoraSpec
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weft.core.ring import Ring
-from weft.core.sites import Site
+from weft.core.site import Site
 from weft.errors import BankError
 
 __all__ = ["Placed", "Slot", "State", "hold", "let_go", "place", "restore", "slot_key"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from weft.core.sites import Site
+from weft.core.site import Site
 from weft.errors import NotFiniteError, ShapeError, SpecError
 from weft.spec import LoraSpec
 

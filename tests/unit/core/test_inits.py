@@ -25,7 +25,8 @@ from weft.core.data_inits import redistribute
 from weft.core.data_passes import collect_activations, collect_gradients, undisturbed
 from weft.core.decompose import PrincipalAxes, leading
 from weft.core.inits import INITIALISERS, Start, initialise
-from weft.core.sites import Site, find_sites
+from weft.core.site import Site
+from weft.core.sites import find_sites
 from weft.errors import NotFiniteError, SpecError
 from weft.identity import hash_tensor
 from weft.spec import INITS, LoraSpec
