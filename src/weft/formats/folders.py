@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from weft.durable import flush, flush_tree
 from weft.errors import FormatError, some_names
 from weft.formats.checks import path_of
 
@@ -30,7 +31,7 @@ def home_of(folder: Path) -> Path:
 
 def write_folder(
     directory: str | os.PathLike[str],
-    files: Mapping[str, Callable[[Path], None]],
+    files: Mapping[str, Callable[[Path], object]],
     *,
     owned: Iterable[str],
     overwrite: bool,
@@ -71,25 +72,24 @@ def write_folder(
     return target
 
 
-def _stage(beside: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
+def _stage(beside: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
     for name, write in files.items():
         write(beside / name)
-        _flush(beside / name)
-    _flush(beside)
+    flush_tree(beside)
 
 
-def _new(target: Path, files: Mapping[str, Callable[[Path], None]]) -> None:
+def _new(target: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = _fresh(target.parent, f".{target.name}.weft-")
     try:
         _stage(beside, files)
         os.rename(beside, target)
-        _flush(target.parent)
+        flush(target.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _into_existing(target: Path, files: Mapping[str, Callable[[Path], None]], owned: list[str]) -> None:
+def _into_existing(target: Path, files: Mapping[str, Callable[[Path], object]], owned: list[str]) -> None:
     staged = target / STAGED
     if staged.is_dir():
         _settle(target, staged, owned)
@@ -97,7 +97,7 @@ def _into_existing(target: Path, files: Mapping[str, Callable[[Path], None]], ow
     try:
         _stage(beside, files)
         os.rename(beside, staged)
-        _flush(target)
+        flush(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     _settle(target, staged, owned)
@@ -119,10 +119,10 @@ def _settle(target: Path, staged: Path, owned: list[str]) -> None:
             os.link(staged / name, copy)
         except OSError:
             shutil.copyfile(staged / name, copy)
-            _flush(copy)
+            flush(copy)
         os.replace(copy, target / name)
         copy.unlink(missing_ok=True)  # two links to one file: replacing leaves both
-    _flush(target)
+    flush(target)
     gone = _fresh(target, ".weft-")
     os.rename(staged, gone / "old")
     shutil.rmtree(gone, ignore_errors=True)
@@ -133,15 +133,3 @@ def _fresh(parent: Path, prefix: str) -> Path:
     folder = parent / f"{prefix}{secrets.token_hex(6)}"
     folder.mkdir()
     return folder
-
-
-def _flush(path: Path) -> None:
-    """Onto the disk: file contents, or a directory's entries."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no directories
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

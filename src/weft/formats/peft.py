@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from weft.adapter import Adapter, Provenance
 from weft.core.factors import Factors
 from weft.errors import FormatError, KeysError, UnsupportedError, some_names
-from weft.formats.checks import listing, path_of, read_json, shortened
+from weft.formats.checks import listing, path_of, plain_file, read_json, shortened
 from weft.formats.folders import home_of, write_folder
 from weft.formats.peft_config import CONFIG, NOTHING, PeftConfig, read_config
 from weft.formats.peft_keys import sort_keys
@@ -34,11 +34,14 @@ from weft.formats.peft_starts import check_start, without_start
 from weft.formats.record import RECORD, Record, SiteRecord, config_hash, dtype_of, read_record
 from weft.formats.tensor_files import TensorFile, read_header, read_tensors, sha256_of, write_tensors
 
-__all__ = ["OWNED", "PROOF", "WEIGHTS", "is_adapter", "problem_for_peft", "read", "write"]
+__all__ = ["OWNED", "PROOF", "WEIGHTS", "is_adapter", "problem_for_peft", "read", "read_known", "write", "writers"]
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 OWN_WEIGHTS = "weft_model.safetensors"
 PROOF = "weft_proof.safetensors"
+Writer = Callable[[Path], str | None]
+"""Writes one file, and gives its sha256 where it comes for nothing."""
+
 OWNED = (CONFIG, *WEIGHTS, RECORD, OWN_WEIGHTS, PROOF)
 """Files of an adapter directory."""
 
@@ -157,7 +160,28 @@ def _provenance(config: PeftConfig, notes: list[str]) -> Provenance:
 # weft's own directories
 
 
-def _read_own(folder: Path) -> Adapter:
+def read_known(folder: Path, known: Mapping[str, str]) -> Adapter:
+    """A directory that `write` wrote, by someone who kept the hashes of its files: every byte is compared with them, once.
+
+    Numbers and digest were checked when it was written, by whoever kept the hashes; they aren't computed again.
+
+    Args:
+        known: sha256 of every file by name, `RECORD` among them.
+
+    Raises:
+        FormatError: a file is missing, was changed, or can't be read.
+    """
+    for name in known:
+        path = folder / name
+        if not os.path.lexists(path):
+            raise _changed(path, "is missing")
+        plain_file(path, folder)
+        if path.suffix != ".safetensors" and sha256_of(path) != known[name]:
+            raise _changed(path, "was changed")
+    return _read_own(folder, known)
+
+
+def _read_own(folder: Path, known: Mapping[str, str] | None = None) -> Adapter:
     """A directory with a weft.json: nothing in it may have changed."""
     record = read_record(folder)
     own = record.layout == "weft"
@@ -165,10 +189,12 @@ def _read_own(folder: Path) -> Adapter:
         said = read_json(folder / CONFIG, folder) if os.path.lexists(folder / CONFIG) else None
         if said is None or config_hash(said) != record.files.get(CONFIG):
             raise _changed(folder / CONFIG, "is missing" if said is None else "was changed")
-    found = _verified(folder, OWN_WEIGHTS if own else WEIGHTS[0], record)
+    found = _verified(folder, OWN_WEIGHTS if own else WEIGHTS[0], record, known)
     adapter = _unpack_own(record, found) if own else unpack(record, found.tensors, found.path)
     if record.proof:
-        adapter = adapter.replace(proof=_verified(folder, PROOF, record).tensors)
+        adapter = adapter.replace(proof=_verified(folder, PROOF, record, known).tensors)
+    if known is not None:
+        adapter.__dict__["digest"] = record.digest
     if adapter.digest != record.digest:
         raise _changed(
             folder / RECORD, f"was changed: the adapter's digest is {adapter.digest[:12]}, it says {record.digest[:12]}"
@@ -176,11 +202,11 @@ def _read_own(folder: Path) -> Adapter:
     return adapter
 
 
-def _verified(folder: Path, name: str, record: Record) -> TensorFile:
+def _verified(folder: Path, name: str, record: Record, known: Mapping[str, str] | None) -> TensorFile:
     path = folder / name
     if not os.path.lexists(path):
         raise _changed(path, "is missing")
-    found = read_tensors(path, folder)
+    found = read_tensors(path, folder, known=known.get(name, "") if known is not None else None)
     if found.sha256 != record.files.get(name):
         raise _changed(path, "was changed")
     return found
@@ -263,6 +289,21 @@ def write(
         UnsupportedError: something that PEFT can't express; names the site and the way out.
         NotFiniteError: NaN or infinity in the adapter.
     """
+    files = writers(adapter, for_peft=for_peft, leaf_names=leaf_names, where=path_of(directory))
+    return write_folder(directory, files, owned=OWNED, overwrite=overwrite)
+
+
+def writers(
+    adapter: Adapter, *, for_peft: bool = True, leaf_names: bool = False, where: Path | None = None
+) -> dict[str, Writer]:
+    """A function for each file of a directory, in the order in which they have to be called: see `write`.
+
+    Args:
+        where: the directory, for messages.
+
+    Raises:
+        UnsupportedError, NotFiniteError: as `write`.
+    """
     adapter.check_finite()
     settings: dict[str, Any] | None = None
     tensors = {OWN_WEIGHTS: adapter.tensors()}
@@ -273,25 +314,25 @@ def write(
             raise UnsupportedError(
                 f"PEFT's files can't hold this adapter: {problem}. adapter.save(directory, for_peft=False) keeps it in a "
                 "layout that weft reads, and weft.merge writes it into a plain model",
-                path=directory,
+                path=where,
             ) from None
         settings = settings_of(adapter, packed.layout, packed.scales, leaf_names=leaf_names)
         tensors = {WEIGHTS[0]: dict(packed.tensors)}
     if adapter.proof:
         tensors[PROOF] = dict(adapter.proof)
-    return write_folder(directory, _writers(adapter, tensors, settings), owned=OWNED, overwrite=overwrite)
+    return _writers(adapter, tensors, settings)
 
 
 def _writers(
     adapter: Adapter, tensors: Mapping[str, dict[str, Tensor]], settings: dict[str, Any] | None
-) -> dict[str, Callable[[Path], None]]:
+) -> dict[str, Writer]:
     """One function a file, in the order in which they have to be called: the record knows the hashes of the others."""
     hashes = {CONFIG: config_hash(settings)} if settings is not None else {}
 
-    def weights(name: str) -> Callable[[Path], None]:
-        def writer(path: Path) -> None:
-            write_tensors(path, tensors[name])
-            hashes[name] = sha256_of(path)
+    def weights(name: str) -> Writer:
+        def writer(path: Path) -> str:
+            hashes[name] = write_tensors(path, tensors[name])
+            return hashes[name]
 
         return writer
 
@@ -299,7 +340,8 @@ def _writers(
         layout = "peft" if settings is not None else "weft"
         path.write_text(Record.of(adapter, layout, hashes).to_json(), encoding="utf-8")
 
-    files = {name: weights(name) for name in tensors} | {RECORD: record}
+    files: dict[str, Writer] = {name: weights(name) for name in tensors}
+    files[RECORD] = record
     if settings is not None:
         text = json.dumps(settings, indent=2, sort_keys=True, allow_nan=False) + "\n"
         files[CONFIG] = lambda path: _write_text(path, text)

@@ -8,13 +8,15 @@ module does not know what the names mean.
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import math
 import os
 import pickle
-import re
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +46,7 @@ _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
 }  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 _BROKEN = (
     RuntimeError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
@@ -196,15 +199,16 @@ def _entry(name: str, facts: Any, path: Path) -> Entry:
     return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
 
-def read_tensors(path: Path, folder: Path | None = None) -> TensorFile:
+def read_tensors(path: Path, folder: Path | None = None, *, known: str | None = None) -> TensorFile:
     """All tensors of a file, copied into memory; the kind of file is told by its first bytes.
 
     Args:
         path: ``.safetensors``, or a zip as ``torch.save`` writes it (``.bin``, ``.pt``, ``.pth``, ``.ckpt``).
         folder: where the file has to be in, links followed.
+        known: sha256 of the file, from whoever checked its numbers when it was written; they are not checked again.
 
     Raises:
-        FormatError: see `parse_header`; a pickle that needs more than tensors.
+        FormatError: see `parse_header`; a pickle that needs more than tensors; another hash than the known one.
         NotFiniteFileError: NaN or infinity.
     """
     size = plain_file(path, folder)
@@ -216,7 +220,9 @@ def read_tensors(path: Path, folder: Path | None = None) -> TensorFile:
                 found = _read_safetensors(file, size, path)
     except OSError as problem:
         raise FormatError(f"can't be read: {problem.strerror or problem}", path=path) from None
-    for name, tensor in found.tensors.items():
+    if known is not None and found.sha256 != known:
+        raise FormatError("was changed since it was written", path=path)
+    for name, tensor in found.tensors.items() if known is None else ():
         check_finite(name, tensor, path)
     return found
 
@@ -238,18 +244,31 @@ def check_finite(name: str, tensor: Tensor, path: Path) -> None:
 def _read_safetensors(file: BinaryIO, size: int, path: Path) -> TensorFile:
     head = _head(file, size, path)
     entries, metadata = parse_header(head, size, path)
+    with ThreadPoolExecutor(1, "weft-hash") as pool:  # the next tensor is read while this one is hashed
+        return _hashed(file, head, entries, metadata, path, pool)
+
+
+def _hashed(
+    file: BinaryIO,
+    head: bytes,
+    entries: Mapping[str, Entry],
+    metadata: dict[str, str],
+    path: Path,
+    pool: ThreadPoolExecutor,
+) -> TensorFile:
+    """The tensors of a file, in the order of their bytes: it is read once, from start to end."""
     digest = hashlib.sha256(head)
     tensors: dict[str, Tensor] = {}
-    for name, entry in entries.items():  # in the order of their bytes: the file is read once, from start to end
+    for name, entry in entries.items():
         raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
         view = memoryview(raw.numpy())  # type: ignore[arg-type]
         if len(view) and file.readinto(view) != len(view):  # type: ignore[attr-defined]
             raise FormatError("the file became shorter while it was read", path=path, key=shortened(name))
-        digest.update(view)
+        pool.submit(digest.update, view)
         if entry.dtype == torch.bool and bool((raw > 1).any()):
             raise FormatError("truth values that are neither 0 nor 1", path=path, key=shortened(name))
         tensors[name] = raw.view(entry.dtype).reshape(entry.shape)
-    return TensorFile(path, tensors, metadata, digest.hexdigest())
+    return TensorFile(path, tensors, metadata, pool.submit(digest.hexdigest).result())
 
 
 def _read_pickle(path: Path, size: int) -> TensorFile:
@@ -322,34 +341,61 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; dtypes are kept.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file, onto the disk; dtypes are kept. It is hashed while the disk is busy.
+
+    The same bytes as those of ``safetensors.torch.save_file``.
 
     Args:
         path: a new file.
         tensors: by name; any device and layout of memory, also shared.
         metadata: text for the header.
 
+    Returns:
+        sha256 of the file.
+
     Raises:
         OSError: the disk is full, or the file can't be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    ordered = sorted(
+        plain, key=lambda name: (-plain[name].itemsize, name)
+    )  # wide numbers first: every tensor is aligned
+    said: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in ordered:
+        start, end = end, end + plain[name].numel() * plain[name].itemsize
+        said[name] = {
+            "dtype": _NAMES[plain[name].dtype],
+            "shape": list(plain[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    parts: list[memoryview] = [
+        memoryview(len(text).to_bytes(8, "little") + text),
+        *(_bytes(plain[name]) for name in ordered),
+    ]
+    with ThreadPoolExecutor(1, "weft-hash") as pool:
+        digest: Future[str] = pool.submit(_sha256, parts)
+        with path.open("wb", buffering=0) as file:
+            for part in parts:
+                _write_all(file, part)
+            os.fsync(file.fileno())
+        return digest.result()
 
-    seen: set[int] = set()
-    ready: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        shared = (
-            plain.untyped_storage().data_ptr() in seen
-            or plain.untyped_storage().nbytes() != plain.numel() * plain.itemsize
-        )
-        ready[name] = plain.clone() if shared else plain
-        seen.add(ready[name].untyped_storage().data_ptr())
-    try:
-        save_file(ready, path, metadata={"format": "pt", **(metadata or {})})
-    except SafetensorError as problem:  # a full disk comes as text
-        code = re.search(r"os error (\d+)", str(problem))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), os.fspath(path)) from problem
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _write_all(file: io.FileIO, part: memoryview) -> None:
+    while part.nbytes:
+        part = part[file.write(part) :]
+
+
+def _sha256(parts: Iterable[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from weft.durable import flush, flush_tree, write_flushed
 from weft.errors import DamagedError, StoreError
 
 __all__ = [
@@ -34,10 +35,8 @@ __all__ = [
     "checked_address",
     "checked_name",
     "disk_problem",
-    "flush",
     "is_local",
     "measure",
-    "write_flushed",
 ]
 
 _ADDRESS = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?")
@@ -80,9 +79,10 @@ class Blobs(ABC):
 
     @abstractmethod
     def install(self, address: str, staged: Path, files: Files, known: Files | None) -> None:
-        """Make a staged directory the blob of an address.
+        """Make a staged directory, a provenance in it or not, the blob of an address; on the disk when this returns.
 
-        A blob that is there already stays, if it has the same files, or those that the index knows; else it is replaced.
+        A blob that is there already stays, if it has the same files, or those that the index knows, and gets the provenance; else
+        it is replaced.
         """
 
     @abstractmethod
@@ -183,18 +183,20 @@ class LocalBlobs(Blobs):
         """See `Blobs.install`."""
         place = self._place(address)
         with self._problems():
-            if not place.parent.is_dir():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                flush(place.parent.parent)
+            flush_tree(staged)  # before it has its name: a blob is whole from its first moment on
+            place.parent.mkdir(parents=True, exist_ok=True)
             for _ in range(100):
                 try:
                     os.rename(staged, place)
-                    flush(place.parent)
+                    self._flush_above(place)
                     return
                 except OSError as problem:
                     if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                         raise
                 if self.holds(address, files) or (known and self.holds(address, known)):
+                    for path in staged.glob("provenance/*"):
+                        self.add(address, f"provenance/{path.name}", path.read_bytes())
+                    self._flush_above(place)  # whoever made it may be about to
                     return
                 with contextlib.suppress(FileNotFoundError):
                     self._throw_away(place)
@@ -212,15 +214,14 @@ class LocalBlobs(Blobs):
         """See `Blobs.add`."""
         path = self._place(address) / checked_name(name)
         with self._problems():
-            if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
-                return
-            with contextlib.suppress(FileExistsError):
-                path.parent.mkdir()
-                flush(path.parent.parent)
-            with self.stage() as folder:
-                write_flushed(folder / "new", data)
-                os.replace(folder / "new", path)
-            flush(path.parent)
+            if not (path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data):
+                with contextlib.suppress(FileExistsError):
+                    path.parent.mkdir()
+                with self.stage() as folder:
+                    write_flushed(folder / "new", data)
+                    os.replace(folder / "new", path)
+            flush(path.parent)  # also what another writer is about to
+            flush(path.parent.parent)
 
     def read(self, address: str, name: str, limit: int) -> bytes:
         """See `Blobs.read`."""
@@ -289,6 +290,10 @@ class LocalBlobs(Blobs):
     def _place(self, address: str) -> Path:
         return self.root / "blobs" / checked_address(address)[:2] / address
 
+    def _flush_above(self, place: Path) -> None:
+        flush(place.parent)
+        flush(place.parent.parent)
+
     def _throw_away(self, place: Path) -> None:
         with self.stage() as folder:
             os.rename(place, folder / "gone")
@@ -327,26 +332,6 @@ def measure(folder: Path) -> dict[str, FileFacts]:
         else:
             found[entry.name] = FileFacts(entry.stat().st_size, _sha256(Path(entry.path)))
     return found
-
-
-def write_flushed(path: Path, data: bytes) -> None:
-    """Write a new file, onto the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def flush(path: Path) -> None:
-    """A directory's entries, onto the disk."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no directories
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -31,20 +31,6 @@ class Index(Aliases):
 
     # adding
 
-    def reserve(self, address: str) -> Files | None:
-        """Say that a blob is about to be counted on; gives its files where it is known already."""
-
-        def work(c: Connection) -> Files | None:
-            now = time.time()
-            row = c.execute(sa.select(t.blobs.c.files).where(t.blobs.c.address == address).with_for_update()).first()
-            if row is None:
-                c.execute(sa.insert(t.blobs).values(address=address, bytes=0, touched=now))
-                return None
-            c.execute(sa.update(t.blobs).where(t.blobs.c.address == address).values(touched=now))
-            return unpack_files(row.files)
-
-        return self.database.write(work)
-
     def add(
         self,
         name: str,
@@ -73,22 +59,20 @@ class Index(Aliases):
 
         def work(c: Connection) -> Version | None:
             home = self._home(c, name)  # names are locked before blobs, everywhere
-            blob = c.execute(sa.select(t.blobs).where(t.blobs.c.address == address).with_for_update()).first()
+            where = t.blobs.c.address == address
+            blob = c.execute(sa.select(t.blobs.c.files).where(where).with_for_update()).first()
             if blob is None:
-                return None
-            known = unpack_files(blob.files)
+                c.execute(sa.insert(t.blobs), {"address": address, "bytes": 0, "touched": time.time()})
+            known = unpack_files(blob.files) if blob is not None else None
             there = settle(known)
             if there is None:
                 return None
-            if there != known:
-                size = sum(facts.size for facts in there.values())
-                c.execute(
-                    sa.update(t.blobs).where(t.blobs.c.address == address).values(files=pack_files(there), bytes=size)
-                )
+            size = sum(facts.size for facts in there.values())
             same = None if again else self._same(c, home.id, draft, address, number)
-            if same is not None:
-                return same
-            return self._insert(c, home, draft, address, number)
+            if same is None or there != known:
+                values = {"files": pack_files(there), "bytes": size, "touched": time.time()}
+                c.execute(sa.update(t.blobs).where(where), values)
+            return same or self._insert(c, home, draft, address, number, size)
 
         return self.database.write(work)
 
@@ -113,32 +97,32 @@ class Index(Aliases):
         row = c.execute(select_versions().where(t.versions.c.name_id == name_id, which)).first()
         if row is None:
             return None
-        found = self._filled(c, [row], is_new=False)[0]
-        if number is not None and found.digest != draft.columns["digest"]:
+        if number is not None and row.digest != address[:64]:
             raise StoreError(
-                f"{found} is there already with another adapter ({found.digest[:12]}, not {draft.columns['digest'][:12]}): versions never change; "
+                f"{row.name}@{row.number} is there already with another adapter ({row.digest[:12]}, not {address[:12]}): versions never change; "
                 "take it under another name"
             )
-        if number is not None:
-            return found
-        alike = (found.tags, found.metrics, found.note, row.address, row.provenance) == (
-            draft.tags, draft.metrics, draft.columns["note"], address, draft.columns["provenance"])  # fmt: skip
+        mine = (address, draft.columns["provenance"], draft.columns["note"])
+        if number is None and (row.address, row.provenance, row.note) != mine:
+            return None
+        found = self._filled(c, [row], is_new=False)[0]
+        alike = number is not None or (found.tags, found.metrics) == (draft.tags, draft.metrics)
         return found if alike else None
 
-    def _insert(self, c: Connection, home: Any, draft: Draft, address: str, number: int | None) -> Version:
+    def _insert(self, c: Connection, home: Any, draft: Draft, address: str, number: int | None, size: int) -> Version:
         given = home.last + 1 if number is None else number
-        newest = c.execute(
-            sa.select(sa.func.max(t.versions.c.number)).where(t.versions.c.name_id == home.id)
-        ).scalar() or 0  # fmt: skip
-        if given > newest:
-            c.execute(
-                sa.update(t.versions).where(t.versions.c.name_id == home.id, t.versions.c.newest == 1).values(newest=0)
-            )
-        c.execute(sa.update(t.names).where(t.names.c.id == home.id).values(last=max(given, home.last)))
+        last = c.execute(sa.select(sa.func.max(t.versions.c.number)).where(t.versions.c.name_id == home.id)).scalar()
+        newest = last is None or given > last
+        if newest and last is not None:
+            older = (t.versions.c.name_id == home.id, t.versions.c.newest == 1)
+            c.execute(sa.update(t.versions).where(*older), {"newest": 0})
+        c.execute(sa.update(t.names).where(t.names.c.id == home.id), {"last": max(given, home.last)})
         now = time.time()
-        values = {**draft.columns, "name_id": home.id, "owner": self.owner, "number": given, "newest": int(given > newest),
-                  "address": address, "created": now}  # fmt: skip
-        key = c.execute(sa.insert(t.versions).values(values)).inserted_primary_key
+        facts = {**draft.columns, "owner": self.owner, "number": given, "digest": address[:64], "address": address,
+                 "created": now}  # fmt: skip
+        key = c.execute(
+            sa.insert(t.versions), {**facts, "name_id": home.id, "newest": int(newest)}
+        ).inserted_primary_key  # fmt: skip
         assert key is not None
         many = (
             (t.tags, [{"key": k, "value": v} for k, v in draft.tags.items()]),
@@ -149,8 +133,16 @@ class Index(Aliases):
         for table, rows in many:
             if rows:
                 c.execute(sa.insert(table), [{"version_id": key[0], **row} for row in rows])
-        c.execute(sa.update(t.blobs).where(t.blobs.c.address == address).values(touched=now))
-        return self._filled(c, c.execute(select_versions().where(t.versions.c.id == key[0])).all())[0]
+        facts.pop("base_layout")
+        return Version(
+            **facts,
+            name=home.name,
+            bytes=size,
+            tags=draft.tags,
+            metrics=draft.metrics,
+            parents=draft.parents,
+            data=draft.data,
+        )
 
     # changing what is not the version itself
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from weft.adapter import Adapter, Provenance
 from weft.errors import DamagedError, FormatError, StoreError, UnsupportedError
 from weft.formats import peft
 from weft.formats.checks import parse_object
-from weft.formats.record import plain
+from weft.formats.record import RECORD, plain
 from weft.formats.tensor_files import sha256_of
 from weft.identity import digest_of
-from weft.store.blobs import MAX_PROVENANCE, FileFacts, disk_problem
+from weft.store.blobs import MAX_PROVENANCE, FileFacts, Files, disk_problem
 from weft.store.names import check_text
 from weft.store.records import Draft, checked_metrics, checked_tags, is_metric
 
-__all__ = ["address_of", "draft_of", "pack", "pack_provenance", "unpack", "unpack_provenance"]
+__all__ = ["address_of", "draft_of", "has_digest", "pack", "pack_provenance", "unpack", "unpack_provenance"]
 
 
 def address_of(adapter: Adapter) -> str:
@@ -32,10 +33,16 @@ def address_of(adapter: Adapter) -> str:
     return f"{adapter.digest}-{digest_of(adapter.proof, {})[:16]}" if adapter.proof else adapter.digest
 
 
-def pack(adapter: Adapter, folder: Path) -> dict[str, FileFacts]:
-    """Write an adapter into a new directory, onto the disk; gives its files.
+def has_digest(adapter: Adapter) -> bool:
+    """Whether an adapter's digest was computed already."""
+    return "digest" in adapter.__dict__
 
-    What PEFT's files can't hold is written in the layout that weft alone reads.
+
+def pack(adapter: Adapter, folder: Path, name: str, provenance: bytes) -> dict[str, FileFacts]:
+    """Write an adapter into a directory that nobody sees yet; gives its files. Tensor files are on the disk then.
+
+    A provenance stands beside under its name. What PEFT's files can't hold is written in the layout that weft alone reads. A digest that isn't known yet is computed
+    while files are written.
 
     Raises:
         NotFiniteError: NaN or infinity in it.
@@ -45,32 +52,44 @@ def pack(adapter: Adapter, folder: Path) -> dict[str, FileFacts]:
     shared = adapter.replace(
         provenance=Provenance(base=base, base_name=adapter.provenance.base_name if base is None else None)
     )
-    shared.__dict__["digest"] = adapter.digest  # the digest counts nothing else of the provenance
-    try:
-        try:
-            peft.write(shared, folder)
-        except UnsupportedError:
-            peft.write(shared, folder, for_peft=False)
-    except FormatError as problem:
-        if isinstance(problem.__cause__, OSError):
-            raise disk_problem(problem.__cause__, str(folder.parent)) from problem
-        raise
-    said = json.loads((folder / "weft.json").read_bytes())["files"]
     found = {}
-    for path in folder.iterdir():
-        known = said.get(path.name) if path.suffix == ".safetensors" else None  # hashed when it was written
-        found[path.name] = FileFacts(path.stat().st_size, known or sha256_of(path))
+    try:
+        with ThreadPoolExecutor(1, "weft-digest") as pool:
+            digest = pool.submit(lambda: adapter.digest)
+            (folder / name).parent.mkdir()
+            (folder / name).write_bytes(provenance)
+            for file, write in _writers(shared).items():
+                if file == RECORD:
+                    shared.__dict__["digest"] = digest.result()  # it counts nothing else of the provenance
+                known = write(folder / file)
+                found[file] = FileFacts((folder / file).stat().st_size, known or sha256_of(folder / file))
+    except OSError as problem:
+        raise disk_problem(problem, str(folder.parent)) from problem
     return found
 
 
-def unpack(folder: Path, digest: str, provenance: Provenance) -> Adapter:
-    """The adapter in a blob's directory, its digest verified, with a version's provenance.
+def _writers(adapter: Adapter) -> dict[str, peft.Writer]:
+    try:
+        return peft.writers(adapter)
+    except UnsupportedError:
+        return peft.writers(adapter, for_peft=False)
+
+
+def unpack(folder: Path, digest: str, provenance: Provenance, files: Files | None = None) -> Adapter:
+    """The adapter in a blob's directory, with a version's provenance.
+
+    Args:
+        files: as the index knows them: every byte is compared with it. Without, the directory is from elsewhere: numbers are
+            checked, and the digest is computed.
 
     Raises:
         DamagedError: it is not the adapter of this digest.
     """
     try:
-        adapter = peft.read(folder)
+        if files is None:
+            adapter = peft.read(folder)
+        else:
+            adapter = peft.read_known(folder, {name: facts.sha256 for name, facts in files.items()})
     except FormatError as problem:
         raise DamagedError(f"the store's copy of {digest[:12]} is damaged: {problem}") from problem
     if adapter.digest != digest:
@@ -136,7 +155,6 @@ def draft_of(
     """
     facts, base = adapter.provenance, adapter.provenance.base
     columns = {
-        "digest": adapter.digest,
         "provenance": provenance,
         "note": check_text(note, "the note"),
         "base": base.weights if base else "",

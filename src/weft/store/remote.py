@@ -87,10 +87,10 @@ class RemoteBlobs(Blobs):
     def install(self, address: str, staged: Path, files: Files, known: Files | None) -> None:
         """See `Blobs.install`."""
         place = self._place(address)
-        if self.seems(address, files) or (known and self.seems(address, known)):
-            return
+        there = self.seems(address, files) or (known and self.seems(address, known))
+        more = [f"provenance/{path.name}" for path in staged.glob("provenance/*")]
         with problems(self.shown):
-            for name in files:
+            for name in [*more, *(() if there else files)]:
                 self.filesystem.put_file(str(staged / name), f"{place}/{name}")
 
     def holds(self, address: str, files: Files) -> bool:

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weft.durable import flush, write_flushed
 from weft.errors import FormatError, StoreError
 from weft.formats.checks import parse_object
 from weft.formats.peft import OWNED
-from weft.store.blobs import Blobs, FileFacts, Files, LocalBlobs, checked_address, flush, is_local, write_flushed
+from weft.store.blobs import Blobs, FileFacts, Files, LocalBlobs, checked_address, is_local
 from weft.store.names import check_name, check_text
 from weft.store.records import Version, checked_metrics, checked_tags
 from weft.store.remote import RemoteBlobs, open_blobs, problems
@@ -229,12 +230,9 @@ class Catalog(Shelf):
         """See `Shelf.send`."""
         if not self.blobs.seems(record.address, record.files):
             with self.blobs.stage() as staged:
-                (staged / "adapter").mkdir()
                 for name in record.files:
-                    shutil.copyfile(folder / name, staged / "adapter" / name)
-                    flush(staged / "adapter" / name)
-                flush(staged / "adapter")
-                self.blobs.install(record.address, staged / "adapter", record.files, None)
+                    shutil.copyfile(folder / name, staged / name)
+                self.blobs.install(record.address, staged, record.files, None)
         self._create(f"catalog/{record.name}/{record.number}.json", record)
 
     def point(self, name: str, aliases: Mapping[str, int]) -> None:

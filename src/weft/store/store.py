@@ -6,13 +6,14 @@ which the index is committed; files are there before.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.errors import DamagedError, NotInStoreError, StoreError
-from weft.store.blobs import MAX_PROVENANCE, Blobs, FileFacts, LocalBlobs
+from weft.store.blobs import MAX_PROVENANCE, Blobs, Files, LocalBlobs
 from weft.store.collect import collect, verify
 from weft.store.database import Database, sqlite_url
 from weft.store.index import Index
@@ -150,47 +151,43 @@ class Store:
         value = adapter if isinstance(adapter, Adapter) else _load(adapter)
         provenance, said = pack_provenance(value.provenance)
         draft = draft_of(value, provenance, tags or {}, metrics or {}, note)
-        address = address_of(value)
+        where = f"provenance/{provenance}.json"
         for _ in range(_ATTEMPTS):
-            files = self._write(value, address, f"provenance/{provenance}.json", said)
+            files = self._write(value, where, said)
             if files is None:
                 continue
-
-            def settle(
-                known: Mapping[str, FileFacts] | None, mine: Mapping[str, FileFacts] = files
-            ) -> Mapping[str, FileFacts] | None:
-                return next(
-                    (
-                        item
-                        for item in (known, mine)
-                        if item and self.blobs.seems(address, item, f"provenance/{provenance}.json")
-                    ),
-                    None,
-                )
-
+            address = address_of(value)
+            settle = functools.partial(self._settle, address, where, files)
             version = self.index.add(name, draft, address, settle, number=number, again=again)
             if version is not None:
                 return version
         raise StoreError(
-            f"{self.place}: blob {address[:12]} is removed by others as often as it is written; try again, with a longer grace time of gc"
+            f"{self.place}: a blob of {name} is removed by others as often as it is written; try again, with a longer grace time of gc"
         )
 
-    def _write(self, adapter: Adapter, address: str, name: str, provenance: bytes) -> Mapping[str, FileFacts] | None:
-        """See to it that a blob is there, with a provenance; None if somebody removed it in between."""
-        from weft.store.packing import pack
+    def _settle(self, address: str, provenance: str, mine: Files, known: Files | None) -> Files | None:
+        """Which files a blob has, of those that the index knows and those that were written; None if it went away."""
+        asked = (files for files in (known, mine) if files and self.blobs.seems(address, files, provenance))
+        return next(asked, None)
 
-        known = self.index.reserve(address)
-        try:
-            if known and self.blobs.holds(address, known):
-                files: Mapping[str, FileFacts] = known
-                self.blobs.add(address, name, provenance)
-            else:
-                with self.blobs.stage() as folder:
-                    files = pack(adapter, folder / "adapter")
-                    self.blobs.install(address, folder / "adapter", files, known)
-                self.blobs.add(address, name, provenance)
-        except FileNotFoundError:
-            return None
+    def _write(self, adapter: Adapter, name: str, provenance: bytes) -> Files | None:
+        """See to it that a blob is there, with a provenance; None if somebody removed it in between."""
+        from weft.store.packing import address_of, has_digest, pack
+
+        with self.blobs.stage() as folder:
+            files = None
+            if not has_digest(adapter):  # computing it costs as much as writing, and goes on meanwhile
+                files = pack(adapter, folder, name, provenance)
+            address = address_of(adapter)
+            known = self.index.files(address) if self.blobs.sizes(address) else None
+            try:
+                if known and self.blobs.holds(address, known):
+                    self.blobs.add(address, name, provenance)
+                    return known
+                files = files or pack(adapter, folder, name, provenance)
+                self.blobs.install(address, folder, files, known)
+            except FileNotFoundError:
+                return None
         return files
 
     def get(self, ref: str | Version) -> Adapter:
@@ -210,10 +207,7 @@ class Store:
             provenance = self._provenance(version)
             files = self.index.files(version.address)
             with self.blobs.fetch(version.address, files) as folder:
-                # tensor files are hashed while they are read, and compared with weft.json; all others are here
-                small = {name: facts for name, facts in files.items() if not name.endswith(".safetensors")}
-                self.blobs.check(version.address, small, folder)
-                return unpack(folder, version.digest, provenance)
+                return unpack(folder, version.digest, provenance, files)
         except DamagedError:
             self.version(str(version))  # removed while it was read: then this says so
             raise
