@@ -154,12 +154,12 @@ def inspect_adapter(path: str | os.PathLike[str]) -> Inspection:
     sites = tuple(_facts(name, factors) for name, factors in adapter.factors.items())
     named = None if os.path.lexists(place) else sources.find(path, is_path=False)
     files = _files(place) if named is None else dict(named.files)
-    return Inspection(
-        os.fspath(path), adapter, sites, files, run.report if run else None, _warnings(adapter, sites)
-    )
+    return Inspection(os.fspath(path), adapter, sites, files, run.report if run else None, _warnings(adapter, sites))
 
 
-def prove_adapter(adapter: Adapter, base: BaseLike = None, *, dtype: str | None = None) -> ProofReport:
+def prove_adapter(
+    adapter: Adapter, base: BaseLike = None, *, dtype: str | None = None, allow_other_base: bool = False
+) -> ProofReport:
     """Load the base that a caller names, as the adapter needs it, and `prove`.
 
     Raises:
@@ -171,7 +171,7 @@ def prove_adapter(adapter: Adapter, base: BaseLike = None, *, dtype: str | None 
             "no golden prompts in this adapter, so nothing can be proved; adapters that weft trains have them"
         )
     model, _ = open_base(base, labels=trained_format(adapter).get("labels"), dtype=dtype)
-    return prove(adapter, model)
+    return prove(adapter, model, allow_other_base=allow_other_base)
 
 
 def effective_rank(values: Tensor) -> float:

@@ -31,6 +31,7 @@ def merge_to_directory(
     out: str | os.PathLike[str],
     dtype: str | None = None,
     task: str | None = None,
+    allow_other_base: bool = False,
 ) -> tuple[Path, MergeReport]:
     """Merge, write, and see that what was written is what was merged.
 
@@ -40,6 +41,7 @@ def merge_to_directory(
         out: the model directory; must not exist, or be empty. Holds ``merge_report.json`` as well.
         dtype: of the merged weights: a name of torch's; None: each weight's own.
         task: what the base is loaded for, see `weft.load_base`; None: as the adapter was trained.
+        allow_other_base: merge into a base with another fingerprint; shapes have to agree.
 
     Returns:
         The directory and the report.
@@ -59,7 +61,7 @@ def merge_to_directory(
         model, tokenizer = open_base(base, labels=labels)
     else:
         model, tokenizer = load_base(base, task=task, labels=labels if "classification" in task else None)
-    merged, report = merge(model, value, dtype=target)
+    merged, report = merge(model, value, dtype=target, allow_other_base=allow_other_base)
     del model
     facts = {"adapter": value.digest, **report.to_dict()}
     written = save_base(merged, tokenizer, out, files={REPORT: json.dumps(facts, indent=2, ensure_ascii=False) + "\n"})

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from weft.cli import show
-from weft.cli.options import AdapterOption, Base, Columns, Dtype, Json, Kind, Quiet, columns_of
+from weft.cli.options import AdapterOption, Base, Columns, Dtype, Json, Kind, OtherBase, Quiet, columns_of
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -29,6 +29,7 @@ def evaluate(
     columns: Columns = None,
     kind: Kind = None,
     dtype: Dtype = None,
+    other: OtherBase = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -47,6 +48,7 @@ def evaluate(
         limit=limit or None,
         max_new_tokens=tokens,
         dtype=dtype,
+        allow_other_base=other,
         progress=show.progress(quiet),
     )
     if json:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from weft.cli import show
-from weft.cli.options import Base, Dtype, Quiet, Usage
+from weft.cli.options import Base, Dtype, OtherBase, Quiet, Usage
 from weft.errors import DataError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -67,6 +67,7 @@ def generate(
     ] = 1.0,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Of the draw.")] = None,
     dtype: Dtype = None,
+    other: OtherBase = False,
     json: Annotated[
         bool, typer.Option("--json", help="One line of JSON a prompt: prompt, text; answered in batches.")
     ] = False,
@@ -88,19 +89,32 @@ def generate(
     )
     if jsonl is not None:
         return _mixed(
-            given, jsonl, {"base": base, "chat": chat, "sampling": sampling, "batch_size": batch, "dtype": dtype}
+            given,
+            jsonl,
+            {
+                "base": base,
+                "chat": chat,
+                "sampling": sampling,
+                "batch_size": batch,
+                "dtype": dtype,
+                "allow_other_base": other,
+            },
         )
-    with opened(base, given[0] if given else None, dtype=dtype) as ready:
+    with opened(base, given[0] if given else None, dtype=dtype, allow_other_base=other) as ready:
         loaded = ready.model, ready.tokenizer
         if json:
-            texts = run_generation(base=loaded, adapter=ready.adapter, prompts=asked, chat=chat, sampling=sampling)
+            texts = run_generation(
+                base=loaded, adapter=ready.adapter, prompts=asked, chat=chat, sampling=sampling, allow_other_base=other
+            )
             for prompt, text in zip(asked, texts, strict=True):
                 show.as_json({"prompt": prompt, "text": text}, indent=None)
             return
         for index, prompt in enumerate(asked):
             if len(asked) > 1:
                 show.result(("\n" if index else "") + f"> {prompt}")
-            for piece in stream(base=loaded, adapter=ready.adapter, prompt=prompt, chat=chat, sampling=sampling):
+            for piece in stream(
+                base=loaded, adapter=ready.adapter, prompt=prompt, chat=chat, sampling=sampling, allow_other_base=other
+            ):
                 show.piece(piece)
             show.result()
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from weft.cli import show
-from weft.cli.options import Base, Dtype, Json, Quiet, Usage
+from weft.cli.options import Base, Dtype, Json, OtherBase, Quiet, Usage
 from weft.errors import some_names
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def inspect(
     base: Base = None,
     prove: Annotated[bool, typer.Option("--prove", help="Load it onto --base and compare its golden prompts.")] = False,
     dtype: Dtype = None,
+    other: OtherBase = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -35,7 +36,7 @@ def inspect(
     from weft.inspection import inspect_adapter, prove_adapter
 
     found = inspect_adapter(path)
-    proof = prove_adapter(found.adapter, base, dtype=dtype) if prove else None
+    proof = prove_adapter(found.adapter, base, dtype=dtype, allow_other_base=other) if prove else None
     if json:
         show.as_json({**found.to_dict(), **({"proof": proof.to_dict()} if proof else {})})
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from weft.cli import show
-from weft.cli.options import Base, Dtype, Json, Out, Quiet
+from weft.cli.options import Base, Dtype, Json, OtherBase, Out, Quiet
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -26,6 +26,7 @@ def merge(
             help="What the base is for: causal-lm, classification, seq2seq …; default: as the adapter was trained.",
         ),
     ] = None,
+    other: OtherBase = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -35,7 +36,9 @@ def merge(
     """
     from weft.merging import merge_to_directory
 
-    written, report = merge_to_directory(base=base, adapter=adapter, out=out, dtype=dtype, task=task)
+    written, report = merge_to_directory(
+        base=base, adapter=adapter, out=out, dtype=dtype, task=task, allow_other_base=other
+    )
     if json:
         return show.as_json({"path": written, **report.to_dict()})
     show.result(report.summary())

@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AdapterOption", "Base", "Columns", "Dtype", "Json", "Kind", "Out", "Quiet", "Usage", "columns_of", "held_out"]
+__all__ = [
+    "AdapterOption",
+    "Base",
+    "Columns",
+    "Dtype",
+    "Json",
+    "Kind",
+    "OtherBase",
+    "Out",
+    "Quiet",
+    "Usage",
+    "columns_of",
+    "held_out",
+]
 
 Usage: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment] # click's UsageError, which typer carries but doesn't name
 
@@ -42,6 +55,9 @@ Dtype = Annotated[
     typer.Option(
         "--dtype", metavar="DTYPE", help="Of the base's weights: float32, bfloat16, float16; default: as stored."
     ),
+]
+OtherBase = Annotated[
+    bool, typer.Option("--allow-other-base", help="Use an adapter although it was made for another base.")
 ]
 Out = Annotated[str, typer.Option("--out", metavar="DIR", help="Directory to write; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -44,7 +44,9 @@ def train_many(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Train many adapters on one frozen base in one pass; each is the one that it would be alone.
+    """Train many adapters in one pass over a frozen base.
+
+    Each is the adapter that it would be alone.
 
     Whoever has broken data, or a loss that explodes, is stopped alone: the others are trained, the report says why, and the exit
     status is 1.

@@ -210,7 +210,7 @@ def check_bases(parents: Sequence[Parent], allow_other_base: bool = False) -> li
         left, right = (_last_part(came.base.name if came.base else came.base_name) for came in (mine, theirs))
         if left and right and left != right:
             raise BaseMismatchError(
-                f"{who} name different bases: {left} and {right}. Updates of different bases don't add; pass allow_other_base=True if "
+                f"{who} name different bases: {left} and {right}. Updates of different bases don't add; pass allow_other_base=True (--allow-other-base) if "
                 "you know that these are one base"
             )
         notes.append(f"{who}: not both say the fingerprint of their base; names and shapes were compared, not weights")
@@ -230,7 +230,7 @@ def _check_fingerprints(first: Parent, other: Parent, base: Fingerprint) -> None
         detail = str(problem).partition(": ")[2].partition(". Load the base")[0]
         raise BaseMismatchError(
             f"{first.name!r} and {other.name!r} were made for different bases: {detail}.{why} Updates of different bases don't add; pass "
-            "allow_other_base=True if you know that they are interchangeable"
+            "allow_other_base=True (--allow-other-base) if you know that they are interchangeable"
         ) from None
 
 

@@ -119,7 +119,7 @@ def check_base(adapter: Adapter, here: Fingerprint) -> None:
         name = f" ({made_for.name})" if made_for.name else ""
         raise BaseMismatchError(
             f"the adapter was made for another base{name}: {'; '.join(differences)}. Load the base that it was trained on, or pass "
-            "allow_other_base=True if you know that they are interchangeable"
+            "allow_other_base=True (--allow-other-base) if you know that they are interchangeable"
         )
 
 

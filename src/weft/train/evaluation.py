@@ -82,6 +82,7 @@ def evaluate(
     max_length: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    allow_other_base: bool = False,
     progress: bool | None = None,
 ) -> Evaluation:
     """Evaluate a base, and an adapter on it.
@@ -95,6 +96,7 @@ def evaluate(
         generation: answer prompts at all; greedily, at most ``max_new_tokens`` each.
         batch_size: rows in one forward.
         max_length: longest example in tokens; None: as the adapter was trained, else what the base allows, at most 1024.
+        allow_other_base: use the adapter on a base with another fingerprint; shapes have to agree.
 
     Raises:
         DataError: the data can't be read, or are of another kind than the adapter was trained on.
@@ -105,7 +107,7 @@ def evaluate(
     value = adapter if isinstance(adapter, Adapter) or adapter is None else load(adapter)
     examples = examples_for(value, data, kind=kind, columns=columns)
     labels = list(examples.labels or ()) if examples.kind == "classification" else None
-    with opened(base, value, dtype=dtype, device=device, labels=labels) as ready:
+    with opened(base, value, dtype=dtype, device=device, labels=labels, allow_other_base=allow_other_base) as ready:
         encoded, settings = encoded_for(value, examples, ready.model, ready.tokenizer, max_length)
         sides = (False, True) if value is not None else (False,)
         found = [_losses(ready, side, encoded, batch_size, progress) for side in sides]

@@ -75,6 +75,7 @@ def generate(
     batch_size: int = 8,
     dtype: str | None = None,
     device: str | None = None,
+    allow_other_base: bool = False,
 ) -> list[str]:
     """Answers to several prompts, in their order.
 
@@ -84,11 +85,15 @@ def generate(
         prompts: texts, or lists of messages.
         chat: put texts into the chat template; None: as the adapter was trained.
         batch_size: prompts at once; like lengths come together, padded on the left.
+        allow_other_base: use the adapter on a base with another fingerprint; shapes have to agree.
 
     Raises:
         DataError: an empty prompt, or messages for a tokenizer without a chat template.
     """
-    with opened(base, adapter, dtype=dtype, device=device) as ready, ready.using(True) as model:
+    with (
+        opened(base, adapter, dtype=dtype, device=device, allow_other_base=allow_other_base) as ready,
+        ready.using(True) as model,
+    ):
         encoded = encode(ready, prompts, chat)
         answers = continue_tokens(model, ready.tokenizer, encoded, sampling or Sampling(), batch_size)
     return [ready.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
@@ -103,9 +108,13 @@ def stream(
     sampling: Sampling | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    allow_other_base: bool = False,
 ) -> Iterator[str]:
     """One answer, piece by piece as it comes; arguments as in `generate`. Stopping early stops the model."""
-    with opened(base, adapter, dtype=dtype, device=device) as ready, ready.using(True) as model:
+    with (
+        opened(base, adapter, dtype=dtype, device=device, allow_other_base=allow_other_base) as ready,
+        ready.using(True) as model,
+    ):
         tokens = encode(ready, [prompt], chat)[0]
         yield from _pieces(model, ready.tokenizer, tokens, sampling or Sampling())
 

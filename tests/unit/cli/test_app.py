@@ -99,9 +99,9 @@ def test_settings_that_help_names_are_settings() -> None:
 
 
 def test_python_dash_m_is_the_same_program() -> None:
-    done = subprocess.run([sys.executable, "-m", "weft", "trian"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-m", "weft", "inspcet"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.startswith("weft: No such command 'trian'. Did you mean 'train'?")
+    assert done.stderr.startswith("weft: No such command 'inspcet'. Did you mean 'inspect'?")
     assert done.stdout == ""
 
 
