@@ -1,8 +1,10 @@
 """`make bench`: measure every row, each in a process of its own, and write docs/benchmarks.md.
 
 python -m benchmarks                     all rows
-python -m benchmarks --only step         rows of one kind (or of any word in their arguments)
+python -m benchmarks --only step         rows of one kind (or of any word in their arguments); the page keeps the others as they were
 python -m benchmarks --rounds 9          more rounds
+
+Each row is kept in docs/benchmarks.json as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -38,21 +40,20 @@ def main() -> None:
         return
     import torch
 
-    from benchmarks.report import write
+    from benchmarks.report import keep, write
     from benchmarks.rows import rows_for
 
-    wanted = [row for row in rows_for(torch.cuda.is_available()) if options.only in json.dumps(row)]
-    results = []
+    known = rows_for(torch.cuda.is_available())
+    wanted = [row for row in known if options.only in json.dumps(row)]
+    if not wanted:
+        raise SystemExit(f"no row contains {options.only!r}; kinds: {', '.join(sorted({name for name, _ in known}))}")
     for number, (name, arguments) in enumerate(wanted, 1):
         result = _in_own_process(name, arguments, options.rounds)
-        results.append(result)
+        keep(options.out.with_suffix(".json"), name, arguments, result)
+        write(options.out, known)
         met = "met" if result["weft"] <= result["bar"] else "NOT met"
         print(f"[{number}/{len(wanted)}] {result['row']}: weft {result['weft']:.4g}, peft {result['peft']:.4g}, "
               f"bar {result['bar']} {met}", flush=True)  # fmt: skip
-    if options.only:
-        print("not written: only a part of the rows was measured")
-        return
-    write(options.out, results)
     print(f"written: {options.out}")
 
 

@@ -121,7 +121,16 @@ def _flops(run: Callable[[], None]) -> int:
     return int(counter.get_total_flops())
 
 
-ROWS: dict[str, Callable[..., Row]] = {"step": step, "memory": memory, "attach": attach, "start": start, **mixing.ROWS, **cotraining.ROWS, **serving.ROWS, **storing.ROWS}
+ROWS: dict[str, Callable[..., Row]] = {
+    "step": step,
+    "memory": memory,
+    "attach": attach,
+    "start": start,
+    **mixing.ROWS,
+    **cotraining.ROWS,
+    **serving.ROWS,
+    **storing.ROWS,
+}
 """By name, as `python -m benchmarks --row NAME '{…}'` calls them."""
 
 
@@ -136,7 +145,16 @@ def rows_for(cuda: bool) -> list[tuple[str, dict[str, Any]]]:
             for dtype in ("float32", "bfloat16"):
                 found += [("step", {**shape, "dtype": dtype, "dropout": p}) for p in (0.0, 0.05)]
             found += [("memory", {**shape, "dtype": "bfloat16", "dropout": p}) for p in (0.0, 0.05)]
-    return [*found, ("attach", {}), ("start", {"what": "import"}), ("start", {"what": "help"}), *mixing.rows(), *cotraining.rows(), *serving.rows(), *storing.rows()]
+    return [
+        *found,
+        ("attach", {}),
+        ("start", {"what": "import"}),
+        ("start", {"what": "help"}),
+        *mixing.rows(),
+        *cotraining.rows(),
+        *serving.rows(),
+        *storing.rows(),
+    ]
 
 
 def versions() -> dict[str, str]:
