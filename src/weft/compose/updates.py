@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from weft.adapter import Adapter
 from weft.core import loading
+from weft.core.adapted import magnitude_share, row_norms
 from weft.core.factors import Factors, concat, inner
-from weft.core.layers import row_norms
 from weft.core.site import Site
 from weft.core.tree import by_path, walk
 from weft.errors import MixError
@@ -175,7 +175,8 @@ def update_of(factors: Factors, W: Tensor | None = None) -> Update:
         return Update(factors, None, W)
     assert W is not None
     A, B = factors.A.double(), factors.B.double()
-    share = factors.magnitude.double() / row_norms(W.double(), A, B, factors.scale)
+    share = magnitude_share(factors.magnitude.double(), row_norms(W.double(), A, B, factors.scale))
+    rows = torch.where(W.double().square().sum(1) > 0, share - 1, 0.0)  # of a row that is zero nothing is scaled
     dtype = torch.promote_types(factors.B.dtype, torch.float32)
     plain = dataclasses.replace(
         factors,
@@ -183,4 +184,4 @@ def update_of(factors: Factors, W: Tensor | None = None) -> Update:
         magnitude=None,
         bias=None if factors.bias is None else (factors.bias.double() * share).to(dtype),
     )
-    return Update(plain, share - 1, W)
+    return Update(plain, rows, W)

@@ -13,7 +13,7 @@ from weft.core.ops import Operand
 from weft.core.slots import Placed, Slot, State
 from weft.core.tree import has_plain_forward
 
-__all__ = ["adapted_linear", "beside", "is_ours", "magnitude_factor", "operand", "row_norms"]
+__all__ = ["adapted_linear", "beside", "is_ours", "magnitude_factor", "magnitude_share", "operand", "row_norms"]
 
 
 def is_ours(module: nn.Module, placed: Placed) -> bool:
@@ -75,7 +75,13 @@ def magnitude_factor(placed: Placed, slot: Slot, weight: Tensor) -> Tensor:
     A, B = (tensor.detach() for tensor in slot.pair())
     norms = row_norms(weight.detach(), A, B, slot.scale, placed.site.groups)
     assert slot.magnitude is not None
-    return slot.magnitude / norms.to(slot.magnitude.dtype)
+    return magnitude_share(slot.magnitude, norms)
+
+
+def magnitude_share(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """``m / ‖W + ΔW‖`` by row; 0 where the row is zero, as in a pruned base: it has no direction, and stays zero."""
+    norms = norms.to(magnitude.dtype)
+    return torch.where(norms > 0, magnitude / norms.where(norms > 0, 1.0), 0.0)
 
 
 def row_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float, groups: int = 1) -> Tensor:

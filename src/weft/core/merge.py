@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from weft.adapter import Adapter
 from weft.core import loading
+from weft.core.adapted import magnitude_share, row_norms
 from weft.core.factors import Factors
-from weft.core.layers import row_norms
 from weft.core.site import Site
 from weft.core.tree import by_path, has_plain_forward, walk
 from weft.errors import MergeError, NotFiniteError
@@ -243,7 +243,7 @@ def _with_magnitude(site: Site, factors: Factors, W: Tensor, new: Tensor) -> Ten
     math_W = W.mT if site.transposed else W
     A, B = (tensor.to(W.device, W.dtype) for tensor in (factors.A, factors.B))
     norms = row_norms(math_W, A, B, factors.scale)
-    factor = factors.magnitude.to(W.device, W.dtype) / norms
+    factor = magnitude_share(factors.magnitude.to(W.device, W.dtype), norms)
     return new * (factor if site.transposed else factor.view(-1, *(1,) * (new.dim() - 1)))
 
 
