@@ -87,6 +87,7 @@ def listing(rounds: int, adapters: int) -> Row:
             {}, {"tags": {"domain": "d7"}}, {"tags": {"domain": "d7", "user": "u123"}}, {"where": "eval_loss<1.001"}, {"where": "eval_loss<2 and rank>=16"},
             {"base": "base3"}, {"where": "eval_loss<1.1 and tag.domain=d3 and rank=8"}, {"where": "not eval_loss<2.9"}, {"name": "n1234*"},
             {"where": "eval_loss>9"}, {"base": "base3", "where": "eval_loss<1.01"}, {"data": "ab12"},
+            {"base": "nothing"}, {"where": "rank=64"}, {"where": "name>'n99998'"}, {"where": "bytes>5000"}, {"where": "created>'2030-01-01'"},
         ]  # fmt: skip
         found = {}
         for values in asked:
@@ -122,7 +123,7 @@ def fill(store: Store, count: int) -> None:
             )
             c.execute(sa.insert(t.versions), [
                 {"id": n, "name_id": n, "owner": "local", "number": 1, "newest": 1, "address": addresses[n], "digest": addresses[n], "provenance": addresses[n],
-                 "created": float(n), "note": "", "base": f"{n % 10}" * 64, "base_layout": "", "base_name": f"models/base{n % 10}", "architecture": "Model",
+                 "created": float(n), "note": "", "base": f"{n % 10}" * 64, "base_layout": "", "base_name": f"models/base{n % 10}", "base_leaf": f"base{n % 10}", "bytes": 1000, "architecture": "Model",
                  "rank": draw.choice((4, 8, 16, 32)), "sites": 14, "parameters": 1000} for n in numbers
             ])  # fmt: skip
             c.execute(

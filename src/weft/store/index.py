@@ -118,7 +118,7 @@ class Index(Aliases):
             c.execute(sa.update(t.versions).where(*older), {"newest": 0})
         c.execute(sa.update(t.names).where(t.names.c.id == home.id), {"last": max(given, home.last)})
         now = time.time()
-        facts = {**draft.columns, "owner": self.owner, "number": given, "digest": address[:64], "address": address,
+        facts = {**draft.columns, "bytes": size, "owner": self.owner, "number": given, "digest": address[:64], "address": address,
                  "created": now}  # fmt: skip
         key = c.execute(
             sa.insert(t.versions), {**facts, "name_id": home.id, "newest": int(newest)}
@@ -133,15 +133,9 @@ class Index(Aliases):
         for table, rows in many:
             if rows:
                 c.execute(sa.insert(table), [{"version_id": key[0], **row} for row in rows])
-        facts.pop("base_layout")
+        own = {field: value for field, value in facts.items() if field not in ("base_layout", "base_leaf")}
         return Version(
-            **facts,
-            name=home.name,
-            bytes=size,
-            tags=draft.tags,
-            metrics=draft.metrics,
-            parents=draft.parents,
-            data=draft.data,
+            **own, name=home.name, tags=draft.tags, metrics=draft.metrics, parents=draft.parents, data=draft.data
         )
 
     # changing what is not the version itself

@@ -154,7 +154,7 @@ def draft_of(
         StoreError: a tag or a metric that can't be kept.
     """
     facts, base = adapter.provenance, adapter.provenance.base
-    columns = {
+    columns: dict[str, Any] = {
         "provenance": provenance,
         "note": check_text(note, "the note"),
         "base": base.weights if base else "",
@@ -167,6 +167,7 @@ def draft_of(
     }
     own = {name: value for name, value in facts.evaluation.items() if is_metric(name, value)}
     parents = tuple((_line(item.get("digest")), _number(item.get("weight"))) for item in facts.parents)
+    columns["base_leaf"] = str(columns["base_name"]).rpartition("/")[2]
     data = tuple({name: _line(item.get(name)) for name in ("digest", "source", "role")} for item in facts.data)
     return Draft(columns, checked_tags(tags), own | checked_metrics(metrics), parents, data)
 

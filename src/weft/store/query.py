@@ -5,10 +5,10 @@ This module knows the tables; it runs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from sqlalchemy import ColumnElement
@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement
 from weft.errors import StoreError
 from weft.store import tables as t
 from weft.store.names import check_name
-from weft.store.predicates import And, Comparison, Condition, Not, comparisons, parse_condition
+from weft.store.predicates import And, Comparison, Condition, Not, parse_condition
 from weft.store.records import checked_tags
 
 __all__ = ["FIELDS", "Filter", "matching"]
@@ -31,14 +31,21 @@ FIELDS: dict[str, Any] = {
     "rank": t.versions.c.rank,
     "sites": t.versions.c.sites,
     "parameters": t.versions.c.parameters,
-    "bytes": t.blobs.c.bytes,
+    "bytes": t.versions.c.bytes,
     "created": t.versions.c.created,
     "note": t.versions.c.note,
 }
 """Fields that every version has. Any other word is a metric; ``tag.KEY``, ``data`` and ``parent`` are looked up as well."""
 
 
-Few = Callable[[sa.Select[Any]], bool]
+class Few(Protocol):
+    """Whether a query has at most so many rows."""
+
+    def __call__(self, query: sa.Select[Any], most: int = ..., /) -> bool: ...
+
+
+_FEW_OF_A_BASE = 500
+"""Versions that are sorted; of more, the newest are looked at one by one until there are enough."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +86,17 @@ def matching(asked: Filter, owner: str, few: Few, is_sqlite: bool) -> sa.Select[
     if type(asked.limit) is not int or asked.limit < 1:
         raise StoreError(f"limit={asked.limit!r}; expected a whole number from 1 on")
     wanted: list[ColumnElement[bool]] = [t.versions.c.owner == owner]
-    names = blobs = False
     if not asked.all_versions and asked.alias is None:
         wanted.append(t.versions.c.newest == 1)
+    order: ColumnElement[int] = t.versions.c.id
     if asked.name is not None:
-        wanted.append(t.versions.c.name_id.in_(_named(asked.name, owner, is_sqlite)))
+        named = _named(asked.name, owner, is_sqlite)
+        if few(named):  # the sums keep SQLite from going through all versions of the owner
+            newest = [] if len(wanted) == 1 else [t.versions.c.newest + 0 == 1]
+            wanted, order = newest, t.versions.c.id + 0  # the names are the owner's
+        wanted.append(t.versions.c.name_id.in_(named))
     if asked.base is not None:
-        wanted.append(_base(asked.base))
+        wanted.append(_base(asked.base, few))
     for key, value in checked_tags(asked.tags).items():
         wanted.append(_holds(t.tags, key, t.tags.c.value == value, few))
     if asked.data is not None:
@@ -96,16 +107,7 @@ def matching(asked: Filter, owner: str, few: Few, is_sqlite: bool) -> sa.Select[
     if asked.where is not None:
         condition = parse_condition(asked.where)
         wanted.append(_clause(condition, few))
-        used = {item.field for item in comparisons(condition)}
-        names, blobs = names or "name" in used, "bytes" in used
-    found = sa.select(t.versions.c.id)
-    if names:
-        found = found.join(t.names, t.names.c.id == t.versions.c.name_id)
-    if blobs:
-        found = found.join(t.blobs, t.blobs.c.address == t.versions.c.address)
-    # the sum keeps SQLite from going through all versions in their order: names are few
-    order = t.versions.c.id + 0 if asked.name is not None else t.versions.c.id
-    return found.where(*wanted).order_by(order.desc()).limit(asked.limit)
+    return sa.select(t.versions.c.id).where(*wanted).order_by(order.desc()).limit(asked.limit)
 
 
 def _named(name: str, owner: str, is_sqlite: bool) -> sa.Select[Any]:
@@ -114,10 +116,9 @@ def _named(name: str, owner: str, is_sqlite: bool) -> sa.Select[Any]:
     check_name(start or "x")
     found = sa.select(t.names.c.id).where(t.names.c.owner == owner)
     if start == name:
-        return found.where(t.names.c.name == name, t.names.c.folded == name.lower())
+        return found.where(t.names.c.name == name)
     if is_sqlite:  # no letter of a name comes after ~; LIKE would not use the index
-        low = start.lower()
-        found = found.where(t.names.c.folded >= low, t.names.c.folded < f"{low}~")
+        return found.where(t.names.c.name >= start, t.names.c.name < f"{start}~")
     return found.where(t.names.c.name.startswith(start, autoescape=True))
 
 
@@ -128,14 +129,19 @@ def _holds(table: sa.Table, key: str, condition: ColumnElement[bool], few: Few) 
     return sa.exists(rows.where(table.c.version_id == t.versions.c.id).correlate(t.versions))
 
 
-def _base(text: str) -> ColumnElement[bool]:
-    """A base by its fingerprint's first digits, its name, or the last part of its name."""
+def _base(text: str, few: Few) -> ColumnElement[bool]:
+    """A base by its fingerprint's first digits, its name, or the last parts of its name."""
     _short_enough(text, "base")
-    by_name = sa.or_(t.versions.c.base_name == text, t.versions.c.base_name.endswith(f"/{text}", autoescape=True))
+    name = t.versions.c.base_name
+    ends = sa.or_(name == text, name.endswith(f"/{text}", autoescape=True))
+    ways = [sa.and_(t.versions.c.base_leaf == text.rpartition("/")[2], ends)]
     digits = text.lower()
     if len(digits) >= 6 and all(letter in "0123456789abcdef" for letter in digits):
-        return sa.or_(sa.and_(t.versions.c.base >= digits, t.versions.c.base < digits + "g"), by_name)
-    return by_name
+        ways.append(sa.and_(t.versions.c.base >= digits, t.versions.c.base < digits + "g"))
+    looked_up = sa.union_all(*(sa.select(t.versions.c.id).where(way) for way in ways)).subquery()
+    if few(sa.select(looked_up.c.id), _FEW_OF_A_BASE):
+        return t.versions.c.id.in_(sa.select(looked_up.c.id))
+    return sa.or_(*ways)
 
 
 def _data(text: str) -> ColumnElement[bool]:
@@ -166,7 +172,7 @@ def _comparison(item: Comparison, few: Few) -> ColumnElement[bool]:
         starts = (t.parents.c.digest >= item.text, t.parents.c.digest < item.text + "g")
         return t.versions.c.id.in_(sa.select(t.parents.c.version_id).where(*starts))
     if item.field in FIELDS:
-        return _column(item)
+        return _column(item, few)
     metric = key if kind == "metric" and dot else item.field
     if isinstance(item.value, str):
         raise StoreError(
@@ -176,8 +182,10 @@ def _comparison(item: Comparison, few: Few) -> ColumnElement[bool]:
     return _holds(t.metrics, metric, _compare(t.metrics.c.value, item.operator, float(item.value)), few)
 
 
-def _column(item: Comparison) -> ColumnElement[bool]:
+def _column(item: Comparison, few: Few) -> ColumnElement[bool]:
     column = FIELDS[item.field]
+    if item.field == "name":
+        return t.versions.c.name_id.in_(sa.select(t.names.c.id).where(_compare(column, item.operator, item.text)))
     if item.field == "created" and isinstance(item.value, str):
         return _compare(column, item.operator, _seconds(str(item.value)))
     if isinstance(column.type, sa.Integer | sa.Float):
@@ -185,7 +193,7 @@ def _column(item: Comparison) -> ColumnElement[bool]:
             raise StoreError(f"{item}: {item.field} is a number")
         return _compare(column, item.operator, float(item.value))
     if item.field == "base" and item.operator in ("=", "!="):
-        found = _base(item.text)
+        found = _base(item.text, few)
         return found if item.operator == "=" else sa.not_(found)
     return _compare(column, item.operator, item.text)
 

@@ -76,11 +76,9 @@ class Reader:
         """Versions that a filter lets through, the newest first."""
 
         def work(c: Connection) -> list[Version]:
-            def few(query: sa.Select[Any]) -> bool:
-                return (
-                    c.execute(sa.select(sa.func.count()).select_from(query.limit(_FEW + 1).subquery())).scalar_one()
-                    <= _FEW
-                )
+            def few(query: sa.Select[Any], most: int = _FEW) -> bool:
+                counted = sa.select(sa.func.count()).select_from(query.limit(most + 1).subquery())
+                return c.execute(counted).scalar_one() <= most
 
             ids = [row.id for row in c.execute(matching(asked, self.owner, few, self.database.is_sqlite))]
             rows = c.execute(select_versions().where(t.versions.c.id.in_(ids))).all() if ids else []
@@ -240,12 +238,8 @@ class Reader:
 
 
 def select_versions() -> sa.Select[Any]:
-    """A version with the name it has and the size of its blob."""
-    return (
-        sa.select(t.versions, t.names.c.name, t.blobs.c.bytes)
-        .join(t.names, t.names.c.id == t.versions.c.name_id)
-        .join(t.blobs, t.blobs.c.address == t.versions.c.address)
-    )
+    """A version with the name it has."""
+    return sa.select(t.versions, t.names.c.name).join(t.names, t.names.c.id == t.versions.c.name_id)
 
 
 def pack_files(files: Files) -> str:

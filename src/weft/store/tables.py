@@ -74,7 +74,10 @@ names = Table(
     Column("last", Integer, nullable=False, default=0),  # the highest number ever given; numbers are never given again
     Column("created", Float(53), nullable=False),
     UniqueConstraint("owner", "folded", name="one_name"),
+    Index("names_by_name", "owner", "name", postgresql_ops={"name": "text_pattern_ops"}),  # also by its start
 )
+
+_NUMBERS = ("rank", "sites", "parameters", "bytes", "created")
 
 versions = Table(
     "versions",
@@ -92,15 +95,18 @@ versions = Table(
     Column("base", String(64), nullable=False, default=""),  # fingerprint of the base: its weights
     Column("base_layout", String(64), nullable=False, default=""),
     Column("base_name", Text, nullable=False, default=""),
+    Column("base_leaf", Text, nullable=False, default=""),  # the last part of base_name
     Column("architecture", Text, nullable=False, default=""),
     Column("rank", Integer, nullable=False),  # the largest
     Column("sites", Integer, nullable=False),
     Column("parameters", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),  # of the blob's files
     UniqueConstraint("name_id", "number", name="one_version"),
-    Index("versions_of_owner", "owner", "newest", "id", "rank", "sites", "parameters"),  # answers filters by itself
+    Index("versions_of_owner", "owner", "newest", "id", "name_id", *_NUMBERS),  # answers filters by itself
     Index("versions_by_digest", "digest"),
     Index("versions_by_address", "address"),
     Index("versions_by_base", "base"),
+    Index("versions_by_base_name", "base_leaf"),
 )
 
 tags = Table(

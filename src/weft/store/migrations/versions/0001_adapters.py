@@ -46,6 +46,7 @@ def upgrade() -> None:
         sa.Column("created", sa.Float(53), nullable=False),
         sa.UniqueConstraint("owner", "folded", name="one_name"),
     )
+    op.create_index("names_by_name", "names", ["owner", "name"], postgresql_ops={"name": "text_pattern_ops"})
     op.create_table(
         "versions",
         sa.Column("id", _key(), primary_key=True, autoincrement=True),
@@ -61,16 +62,20 @@ def upgrade() -> None:
         sa.Column("base", sa.String(64), nullable=False),
         sa.Column("base_layout", sa.String(64), nullable=False),
         sa.Column("base_name", sa.Text, nullable=False),
+        sa.Column("base_leaf", sa.Text, nullable=False),
         sa.Column("architecture", sa.Text, nullable=False),
         sa.Column("rank", sa.Integer, nullable=False),
         sa.Column("sites", sa.Integer, nullable=False),
         sa.Column("parameters", sa.BigInteger, nullable=False),
+        sa.Column("bytes", sa.BigInteger, nullable=False),
         sa.UniqueConstraint("name_id", "number", name="one_version"),
     )
-    op.create_index("versions_of_owner", "versions", ["owner", "newest", "id", "rank", "sites", "parameters"])
+    numbers = ["rank", "sites", "parameters", "bytes", "created"]
+    op.create_index("versions_of_owner", "versions", ["owner", "newest", "id", "name_id", *numbers])
     op.create_index("versions_by_digest", "versions", ["digest"])
     op.create_index("versions_by_address", "versions", ["address"])
     op.create_index("versions_by_base", "versions", ["base"])
+    op.create_index("versions_by_base_name", "versions", ["base_leaf"])
     for table, value in (("tags", sa.Text), ("metrics", sa.Float(53))):
         op.create_table(
             table,
