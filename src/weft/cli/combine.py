@@ -17,7 +17,9 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 EPILOG = (
     "Methods: exact, svd, linear, task_arithmetic, layerwise, knots, ties, dare, dare_ties, magnitude. "
-    "svd wants --rank, --energy or --error; ties, dare, dare_ties, magnitude and knots want --density."
+    "svd wants --rank, --energy or --error; ties, dare, dare_ties, magnitude and knots want --density, "
+    "which counts the elements of each site by itself. In ties, dare_ties and knots weights are proportions (a=1 b=1 is a=0.5 b=0.5); "
+    "--scaling gives the size. With --base the mixture carries golden prompts, for weft inspect --prove."
 )
 
 
@@ -100,11 +102,13 @@ def operand(text: str) -> tuple[str, float]:
     """``PATH=WEIGHT`` or ``PATH``, as path and weight.
 
     Raises:
-        Usage: something behind the last ``=`` that is no number, where no such path exists.
+        Usage: nothing before the last ``=``; or something behind it that is no number, where no such path exists.
     """
     path, equals, weight = text.rpartition("=")
     if not equals:
         return text, 1.0
+    if not path:
+        raise Usage(f"{text!r}: there is no path before the '=', as in medical=0.7")
     try:
         return path, float(weight)
     except ValueError:
@@ -117,7 +121,7 @@ def with_patterns(pairs: list[tuple[str, float]], rules: list[str]) -> dict[str,
     """Weights by path; a mapping of patterns for those that ``--at`` names.
 
     Raises:
-        Usage: a rule without a pattern, a path or a number.
+        Usage: a rule without a pattern, a path or a number, or a pattern that stands twice.
     """
     weights: dict[str, Any] = dict(pairs)
     for rule in rules:
@@ -129,10 +133,15 @@ def with_patterns(pairs: list[tuple[str, float]], rules: list[str]) -> dict[str,
             value = float(number)
         except ValueError:
             raise Usage(f"--at {rule!r}: {number!r} is no number") from None
-        if not isinstance(weights[path], dict):
-            weights[path] = {"default": weights[path]}
-        weights[path] = {rest[: -len(path) - 1]: value, **weights[path]} if len(weights[path]) == 1 else {
-            **weights[path], rest[: -len(path) - 1]: value}  # fmt: skip
+        pattern, known = rest[: -len(path) - 1], weights[path]
+        if not isinstance(known, dict):
+            known = {"default": known}
+        if pattern == "default" or pattern in known:
+            why = (
+                "the weight behind the path is meant for all other sites" if pattern == "default" else "it stands twice"
+            )
+            raise Usage(f"--at {rule!r}: {pattern!r}: {why}")
+        weights[path] = {**known, pattern: value}  # the first pattern that matches wins; the default is looked at last
     return weights
 
 

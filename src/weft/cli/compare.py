@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,6 +40,10 @@ def compare(
             raise Usage(f"--picture {picture!r}: the picture is an SVG; end the name in .svg")
         if Path(picture).exists():
             raise Usage(f"--picture {picture!r} exists already: give another name")
+        if not Path(picture).parent.is_dir():
+            raise Usage(
+                f"--picture {picture!r}: there is no directory {os.fspath(Path(picture).parent)!r}: make it first"
+            )
     from weft.compose import compare as run_comparison
 
     found = run_comparison(adapters, allow_other_base=other)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["heat_map"]
 
 INK, PALE, EMPTY = "#374151", "#6b7280", "#f3f4f6"
+UNRELATED = 1 - 0.5**0.5
+"""Conflict of two independent updates of one size."""
 CELL_HEIGHT, GAP, TOP, HEAD, FOOT = 20, 28, 56, 40, 48
 TITLES = {"cosine": "cosine", "overlap_in": "overlap, input", "overlap_out": "overlap, output", "conflict": "conflict"}
 COLD, WARM, DEEP = (37, 99, 235), (194, 65, 12), (15, 118, 110)
@@ -49,6 +51,8 @@ def heat_map(found: Comparison) -> str:
             body += _legend(name, scales[name], (x, top + HEAD + high + 6), wide)
     if not found.sites:
         body.append(_text(16, TOP + 20, "no site is in two of them"))
+    said = f"conflict: what cancels when both are added; unrelated updates of one size: {UNRELATED:.2f}"
+    body.append(_text(16, height - 12, said, size=10, fill=PALE))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" font-family="sans-serif">'
     return "\n".join([head, f'<rect width="{width}" height="{height}" fill="white"/>', *body, "</svg>"]) + "\n"
 
@@ -89,12 +93,14 @@ def _panel(
         )
         if cell >= 32:
             ink = "white" if abs(share) > 0.55 else INK
-            parts.append(_text(x + cell / 2, y + 13, f"{value:.2f}", size=10, anchor="middle", fill=ink))
+            parts.append(_text(x + cell / 2, y + 13, f"{value:z.2f}", size=10, anchor="middle", fill=ink))
     return parts
 
 
 def _scale(found: Comparison, name: str) -> float:
-    return max((abs(getattr(site, name)) for site in found.sites), default=0.0) or 1.0
+    """What has the full colour: the largest value; of conflict at least twice that of unrelated updates, which are no alarm."""
+    largest = max((abs(getattr(site, name)) for site in found.sites), default=0.0) or 1.0
+    return max(largest, 2 * UNRELATED) if name == "conflict" else largest
 
 
 def _legend(name: str, largest: float, corner: tuple[float, float], wide: float) -> list[str]:

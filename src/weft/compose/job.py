@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from weft.compose.methods import Method, Options
 from weft.compose.parents import Parent, Weight, check_bases
 from weft.compose.updates import Ground
-from weft.errors import MixError
+from weft.errors import BaseMismatchError, MixError
 
 __all__ = ["Job", "prepare"]
 
@@ -60,7 +60,7 @@ def prepare(
         notes += check_bases(parents, allow_other_base)
     for parent in parents:
         if ground is not None:
-            ground.check(parent.adapter, allow_other_base)
+            _check_on(ground, parent, allow_other_base)
         if parent.is_idle:
             notes.append(f"{parent.name!r} has weight 0 and no part in the mixture")
     if method.name == "layerwise" and not any(isinstance(parent.weight, Mapping) for parent in parents):
@@ -68,3 +68,10 @@ def prepare(
             "method 'layerwise' needs an adapter with weights by pattern; with one weight for all sites, method='exact' is meant"
         )
     return Job(parents, method, options, whole, ground, allow_other_base, tuple(notes))
+
+
+def _check_on(ground: Ground, parent: Parent, allow_other_base: bool) -> None:
+    try:
+        ground.check(parent.adapter, allow_other_base)
+    except BaseMismatchError as problem:
+        raise BaseMismatchError(f"{parent.name!r}: {problem}") from None

@@ -148,7 +148,7 @@ def check_options(method: Method, options: Options) -> None:
                 f"method {method.name!r} doesn't take {name}{better}. It takes {', '.join(method.takes) or 'nothing'}"
             )
     if method.needs and not any(name in given for name in method.needs):
-        raise MixError(f"method {method.name!r} needs {' or '.join(method.needs)}")
+        raise MixError(f"method {method.name!r} needs {', or '.join(_EXAMPLES[name] for name in method.needs)}")
     if len(options.limit) > 1:
         raise MixError(f"{' and '.join(options.limit)} are given: expected one limit")
     positive = isinstance(options.rank, int) and not isinstance(options.rank, bool) and options.rank >= 1
@@ -163,6 +163,14 @@ def check_options(method: Method, options: Options) -> None:
     for name, ok, expected in rules:
         if not ok:
             raise MixError(f"{name}={getattr(options, name)!r}; expected {expected}")
+
+
+_EXAMPLES = {  # what an option that is lacking may look like
+    "rank": "rank=16 (--rank 16)",
+    "energy": "energy=0.99 (--energy 0.99)",
+    "error": "error=0.05 (--error 0.05)",
+    "density": "density, the share of the elements that stays, as in density=0.3 (--density 0.3)",
+}
 
 
 def _within(value: Any, low: float, high: float) -> bool:
@@ -227,6 +235,8 @@ def knots(site: str, entries: Sequence[Entry], options: Options) -> Update:
     inner = options.inner or "ties"
     if inner not in _INNER:
         raise MixError(f"inner={inner!r} is no rule that KnOTS can use; there are {', '.join(_INNER)}")
+    if inner == "sum" and options.density is not None:
+        raise MixError("method 'knots' with inner='sum' keeps all elements, and doesn't take density")
     if inner != "sum" and options.density is None:
         raise MixError(
             f"method 'knots' with inner={inner!r} needs density: the share of the elements that stays, in (0, 1]"
@@ -266,7 +276,7 @@ def _knot(
         for entry, V in zip(entries, aligned, strict=True):
             yield V, entry.weight, generator_for(options.seed, site, entry.key, number)
 
-    return rule(updates, options) * (options.scaling or 1.0), Q @ U[:, :real] * S[:real]
+    return rule(updates, options) * (1.0 if options.scaling is None else options.scaling), Q @ U[:, :real] * S[:real]
 
 
 Updates = Callable[[], Any]

@@ -20,7 +20,7 @@ from weft.compose.updates import Ground
 from weft.core.factors import Factors
 from weft.errors import MixError, NotFiniteError
 
-__all__ = ["carry_out", "combine", "mix"]
+__all__ = ["carry_out", "combine", "mix", "proved"]
 
 
 def combine(
@@ -60,7 +60,7 @@ def combine(
         whole: what becomes of modules that were trained whole, and of biases: ``"same"``: all adapters have them alike, else it is an error;
             ``"average"``; ``"drop"``; or the name (the path) of the adapter that gives its own.
         base: a model, a (model, tokenizer) pair, a path or a hub id. Needed for DoRA, whose update depends on it, and for ``data`` and
-            ``search``, where None is the embedded base. With it, biases are mixed exactly.
+            ``search``, where None is the embedded base. With it, biases are mixed exactly, and the mixture carries golden prompts.
         data: measure what the mixture does to the loss on these; as in `weft.evaluate`.
         search: find the weights with the least loss on these data, see `weft.compose.search`; weights that are given are where it starts.
         evaluations: how often a search may evaluate.
@@ -105,21 +105,37 @@ def carry_out(
 ) -> Mixture:  # fmt: skip
     """`combine`, for adapters that were read."""
     if data is None:
-        ground = None if base is None else Ground(_model(base))
-        return mix(prepare(parents, method, options, whole, ground, allow_other_base), progress)
+        ground = None if base is None else Ground(_model(base, parents))
+        job = prepare(parents, method, options, whole, ground, allow_other_base)
+        return proved(mix(job, progress), job)
     from weft.compose.losses import Judge
 
     with Judge.opened(base, data, parents) as judge:
         job = prepare(parents, method, options, whole, Ground(judge.model), allow_other_base)
-        return judge.judged(mix(job, progress), job, progress)
+        return proved(judge.judged(mix(job, progress), job, progress), job)
 
 
-def _model(base: Any) -> nn.Module:
+def _model(base: Any, parents: Sequence[Parent]) -> nn.Module:
     if isinstance(base, nn.Module):
         return base
-    from weft.train.opening import open_base
+    from weft.train.opening import open_base, trained_format
 
-    return open_base(base)[0]
+    labels = (trained_format(parent.adapter).get("labels") for parent in parents)
+    return open_base(base, labels=next(filter(None, labels), None))[0]
+
+
+def proved(mixture: Mixture, job: Job) -> Mixture:
+    """The mixture with golden prompts, where a base was given: those of its parents, with what the mixture says to them on it.
+
+    Without them where that says nothing: on a base that may be another one, or with a module left out that the parents train whole.
+    """
+    lost = {path for parent in job.live for path in parent.adapter.modules} - set(mixture.modules)
+    if job.ground is None or job.allow_other_base or lost:
+        return mixture
+    from weft.train.proof import proof_of
+
+    proof = proof_of(mixture, job.ground.model, [parent.adapter.proof for parent in job.live])
+    return dataclasses.replace(mixture, proof=proof)
 
 
 def mix(job: Job, progress: bool | None = False) -> Mixture:

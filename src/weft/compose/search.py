@@ -17,7 +17,7 @@ from weft.compose.assembling import reported
 from weft.compose.job import prepare
 from weft.compose.losses import Judge
 from weft.compose.methods import Method, Options
-from weft.compose.mixing import mix
+from weft.compose.mixing import mix, proved
 from weft.compose.parents import Parent
 from weft.compose.report import Mixture
 from weft.compose.updates import Ground
@@ -74,7 +74,8 @@ def find(
             raise MixError(
                 f"no mixture was better than the base (loss {best['loss']:.4f}): these adapters don't help with these examples"
             )
-        return reported(judge.judged(mix(chosen, False), chosen, progress), trials=tuple(trials))
+        made = reported(judge.judged(mix(chosen, False), chosen, progress), trials=tuple(trials))
+        return proved(made, chosen)
 
 
 def _tell(trials: Sequence[Mapping[str, Any]], evaluations: int, progress: bool | None) -> None:

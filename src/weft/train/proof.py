@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from weft.data import Encoded
 from weft.errors import FormatError
 from weft.train.opening import opened
 
-__all__ = ["TOLERANCES", "ProofReport", "make_proof", "prove"]
+__all__ = ["TOLERANCES", "ProofReport", "make_proof", "proof_of", "prove"]
 
 TOLERANCES = {
     torch.float64: 1e-5,  # the proof itself is stored in float32, 6e-8 a number
@@ -85,7 +86,27 @@ def make_proof(model: nn.Module, features: Encoded) -> Mapping[str, Tensor]:
         if ids.tobytes() not in seen:
             seen.add(ids.tobytes())
             rows.append(ids)
-    rows = sorted(rows, key=len)[-PROMPTS:]
+    return _golden(model, sorted(rows, key=len)[-PROMPTS:])
+
+
+def proof_of(adapter: Adapter, model: nn.Module, proofs: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """Golden prompts that other adapters carry, in turns, with what this one says to them; empty where none carries any.
+
+    Args:
+        adapter: for this base, which is not asked again.
+        model: the base, with or without a bank; it is left as it was.
+        proofs: of the others, see `Adapter.proof`.
+    """
+    turns = itertools.zip_longest(*(proof["input_ids"] for proof in proofs if "input_ids" in proof))
+    rows = {tuple(row.tolist()): row for turn in turns for row in turn if row is not None}
+    if not rows:
+        return {}
+    with opened((model, None), adapter, allow_other_base=True) as ready, ready.using(True):
+        return _golden(model, list(rows.values())[:PROMPTS])
+
+
+def _golden(model: nn.Module, rows: Sequence[Any]) -> Mapping[str, Tensor]:
+    """The starts of prompts, of one length, and what the model says to them now."""
     length = min(map(len, rows))
     input_ids = torch.stack([torch.as_tensor(row[:length], dtype=torch.long) for row in rows])
     logits = last_logits(model, input_ids)

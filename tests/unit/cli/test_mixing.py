@@ -122,7 +122,7 @@ def test_compare_and_its_picture(tmp_path: Path) -> None:
     ("combine a none --out m", "no such file"),
     ("combine a other --out m", "different bases"),
     ("combine a b --method tise --out m", "Did you mean 'ties'"),
-    ("combine a b --method svd --out m", "needs rank or energy or error"),
+    ("combine a b --method svd --out m", "needs rank=16 (--rank 16), or energy="),
     ("combine a b --rank 2 --out m", "method='svd' does"),
     ("combine a b --out a", "exists already"),
     ("combine a b", "--out"),
@@ -134,13 +134,13 @@ def test_compare_and_its_picture(tmp_path: Path) -> None:
     ("combine a b --search none.jsonl --out m", "none.jsonl: no such file"),
     ("combine a=1e308 b --out m", "take smaller ones"),
     ("combine a=0 --out m", "all weights are 0"),
-    ("shrink a --out m", "needs rank or energy or error"),
+    ("shrink a --out m", "needs rank=16 (--rank 16), or energy="),
     ("shrink a --energy 2 --out m", "energy=2.0"),
     ("shrink a --rank 2 --out b", "exists already"),
     ("compare a", "at least 2"),
     ("compare a other", "different bases"),
     ("compare a b --picture x.png", "end the name in .svg"),
-    ("compare a b --picture a/weft.json.svg/x.svg", "No such file or directory"),
+    ("compare a b --picture a/weft.json.svg/x.svg", "there is no directory"),
 ])  # fmt: skip
 def test_misuse(line: str, said: str) -> None:
     done = weft(line, ok=False)
@@ -163,3 +163,23 @@ def test_operands() -> None:
         "a": {"y.*": 2.0, "z": 3.0, "default": 1.0},
         "runs/a": {"x": 0.5, "default": 0.25},
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("=0.5", "no path before"), ("a=", "'' is no weight"), ("a=x", "'x' is no weight")]
+)
+def test_operands_that_are_none(text: str, said: str) -> None:
+    with pytest.raises(Usage, match=said):
+        operand(text)
+
+
+@pytest.mark.parametrize("rules", [["default:a=0.2"], ["q_proj:a=1", "q_proj:a=2"]])
+def test_a_rule_that_would_do_nothing(rules: list[str]) -> None:
+    with pytest.raises(Usage, match="meant for all other sites|stands twice"):
+        with_patterns([("a", 1.0)], rules)
+
+
+def test_a_picture_without_a_directory(tmp_path: Path) -> None:
+    done = weft("compare a b --picture", tmp_path / "no/such.svg", ok=False)
+    assert done.status == 2
+    assert "make it first" in done.err

@@ -43,7 +43,7 @@ def test_weights_that_fit_nothing(adapters: list[Adapter], weights: list[Any], s
 
 @pytest.mark.parametrize(("settings", "said"), [
     ({"method": "tise"}, "no method 'tise'. Did you mean 'ties'"),
-    ({"method": "svd"}, "needs rank or energy or error"),
+    ({"method": "svd"}, "needs rank=16 .--rank 16., or energy=0.99 .*, or error=0.05"),
     ({"method": "ties"}, "needs density"),
     ({"method": "knots"}, "needs density"),
     ({"method": "knots", "inner": "average", "density": 0.5}, "inner='average' is no rule"),
@@ -60,6 +60,7 @@ def test_weights_that_fit_nothing(adapters: list[Adapter], weights: list[Any], s
     ({"method": "ties", "density": 0.5, "scaling": math.inf}, "scaling=inf"),
     ({"method": "layerwise"}, "needs an adapter with weights by pattern"),
     ({"whole": "sme"}, "whole='sme' is no rule"),
+    ({"method": "knots", "inner": "sum", "density": 0.3}, "keeps all elements, and doesn't take density"),
 ], ids=str)  # fmt: skip
 def test_methods_and_options(adapters: list[Adapter], settings: dict[str, Any], said: str) -> None:
     with pytest.raises(MixError, match=said):
