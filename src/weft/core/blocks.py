@@ -2,10 +2,9 @@
 
     y_i[n] = x[n] W_iᵀ + b_i + (x[n] A_i[u]ᵀ ∘ s_i[u]) B_i[u]        u: the unit of row n
 
-A batch is rows of equally many tokens (in a packed batch every token is a row). A `Block` is a set of rows that is computed by
-one batched product: units of equally many rows each, every unit with factors of its own, all of one rank. A batch of one
-rank is one block; ragged ranks are several, so that nobody pays for the largest. Rows in no block get the base alone.
-`reference_blocks` is the slow, obvious form: a loop over the units.
+A batch is rows of equally many tokens (in a packed batch every token is a row). Which of them are computed by one product, and how, is for
+`weft.core.units`; rows in no block get the base alone. `reference_blocks` is the slow, obvious form:
+a loop over the units.
 
 Shapes: N rows, L tokens a row, U units of a block, c rows of a unit, i = d_in, o = d_out, R = sum of the ranks of the sites of a call.
 This module does not know modules, slots or routes.
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +22,9 @@ from torch import Tensor
 
 from weft.core import dropout as dropping
 from weft.core import ops
+from weft.core.units import Block, Loaded, add_product, by_row, outer, product, units
 
-__all__ = ["Block", "Loaded", "Masks", "add_product", "gated", "reference_blocks", "routed_linears", "turned", "units"]
+__all__ = ["Masks", "gated", "reference_blocks", "routed_linears", "turned"]
 
 
 LONG = 256
@@ -33,38 +32,6 @@ LONG = 256
 
 WIDE = 1024
 """Above so many outputs a batched product with many tokens is twice as fast with B turned round, also when that is done each time."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Block:
-    """Which rows are computed together, and with what ranks.
-
-    Attributes:
-        rows: (start, stop) of neighbours; indices (U * c,) int64, unit by unit; None: all rows in their order.
-        units: U. count: c.
-        ranks: rank by site of the call, 0 where the units have no factors at it.
-    """
-
-    rows: tuple[int, int] | Tensor | None
-    units: int
-    count: int
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Loaded:
-    """The factors of a block.
-
-    Attributes:
-        A: (U, R, i), the sites' A above each other.
-        B: by site (U, r, o), transposed; None where the rank is 0.
-        scale: (U, 1, R), or None: it is in B.
-    """
-
-    block: Block
-    A: Tensor
-    B: tuple[Tensor | None, ...]
-    scale: Tensor | None = None
 
 
 Masks = Callable[[Tensor], list[Tensor | None]]
@@ -100,8 +67,8 @@ def reference_blocks(
             first = sum(item.block.ranks[:site])
             columns = slice(first, first + item.block.ranks[site])
             numbers = _numbers(item.block.rows, x.shape[0])
-            for unit in range(item.block.units):
-                for row in numbers[unit * item.block.count : (unit + 1) * item.block.count]:
+            for unit, mine in enumerate(item.block.slices()):
+                for row in numbers[mine]:
                     thin = F.linear(inner[row], item.A[unit, columns])
                     thin = thin if item.scale is None else thin * item.scale[unit, :, columns]
                     found[row] = thin @ B[unit]
@@ -163,7 +130,7 @@ def forward(
             firsts[index] += rank
         B = blocks[0].B[number] if whole else None
         if B is not None and W is not None and b is None and x.shape[0] * x.shape[1] >= LONG:
-            outputs.append(_update_first(x, W, parts[0], B))
+            outputs.append(_update_first(x, W, blocks[0].block, parts[0], B))
             continue
         out = F.linear(x, W, b) if W is not None else x.new_zeros(*x.shape[:2], width)
         for item, part in zip(blocks, parts, strict=True):
@@ -174,9 +141,9 @@ def forward(
     return outputs, thins
 
 
-def _update_first(x: Tensor, W: Tensor, part: Tensor, B: Tensor) -> Tensor:
+def _update_first(x: Tensor, W: Tensor, block: Block, part: Tensor, B: Tensor) -> Tensor:
     """The update of all rows, and the base's product added to it: a pass over the output less than the other way round."""
-    out = torch.bmm(part, turned(B)).view(*x.shape[:2], B.shape[2])
+    out = product(block, part, turned(B)).view(*x.shape[:2], B.shape[2])
     out.view(-1, B.shape[2]).addmm_(x.view(-1, x.shape[2]), W.t())
     return out
 
@@ -190,39 +157,17 @@ def _thin(x: Tensor, item: Loaded, drawn: Sequence[Tensor | None]) -> Tensor:
     """(U, c * L, R): x Aᵀ, scaled; each site with its own dropout."""
     block = item.block
     if not any(mask is not None for mask in drawn):
-        thin = torch.bmm(units(x, block), item.A.mT)
+        thin = product(block, units(x, block), item.A.mT)
     else:
         flat = x.view(-1, x.shape[-1])
         parts, first = [], 0
         for mask, rank in zip(drawn, block.ranks, strict=True):
             if rank:
                 inner = x if mask is None else dropping.drop(flat, mask).view(x.shape)
-                parts.append(torch.bmm(units(inner, block), item.A[:, first : first + rank].mT))
+                parts.append(product(block, units(inner, block), item.A[:, first : first + rank].mT))
             first += rank
         thin = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-    return thin if item.scale is None else thin.mul_(item.scale)
-
-
-def units(x: Tensor, block: Block) -> Tensor:
-    """The rows of a block of (N, L, ·), unit by unit: (U, c * L, ·)."""
-    rows = block.rows
-    if rows is None:
-        chosen = x
-    elif isinstance(rows, tuple):
-        chosen = x[rows[0] : rows[1]]
-    else:
-        chosen = x.index_select(0, rows)
-    return chosen.view(block.units, -1, x.shape[2])
-
-
-def add_product(out: Tensor, block: Block, left: Tensor, right: Tensor) -> None:
-    """Add a batched product (U, c * L, ·) to the block's rows of ``out`` (N, L, ·)."""
-    rows = block.rows
-    if isinstance(rows, Tensor):
-        out.index_add_(0, rows, torch.bmm(left, right).view(-1, *out.shape[1:]))
-        return
-    target = out if rows is None else out[rows[0] : rows[1]]
-    target.view(block.units, -1, out.shape[2]).baddbmm_(left, right)
+    return thin if item.scale is None else thin.mul_(by_row(block, item.scale))
 
 
 class _Routed(torch.autograd.Function):
@@ -296,7 +241,7 @@ def _dX(
     plain = all(mask is None for mask in drawn)
     first = plain and len(blocks) == 1 and blocks[0].block.rows is None
     if first:
-        total = torch.bmm(inners[0], turned(blocks[0].A)).view(-1, x.shape[2])
+        total = product(blocks[0].block, inners[0], turned(blocks[0].A)).view(-1, x.shape[2])
     for (W, _), grad in zip(bases, flats, strict=True):
         if grad is not None and W is not None:
             total = torch.mm(grad, W) if total is None else total.addmm_(grad, W)
@@ -336,10 +281,10 @@ def _inner_grads(item: Loaded, thin: Tensor, grads: Sequence[Tensor | None]) -> 
             dB.append(None)
         else:
             mine = units(grad, block)
-            inner[:, :, columns] = torch.bmm(mine, B.mT)
-            dB.append(torch.bmm(thin[:, :, columns].mT, mine))
+            inner[:, :, columns] = product(block, mine, B.mT)
+            dB.append(outer(block, thin[:, :, columns], mine))
     if item.scale is not None:
-        inner.mul_(item.scale)
+        inner.mul_(by_row(block, item.scale))
     return inner, dB
 
 
@@ -347,11 +292,11 @@ def _dA(x: Tensor, item: Loaded, inner: Tensor, dropped: Sequence[Tensor | None]
     """Gradient of A (U, R, i)."""
     block = item.block
     if all(without is None for without in dropped):
-        return torch.bmm(inner.mT, units(x, block))
+        return outer(block, inner, units(x, block))
     dA = torch.empty_like(item.A)
     for without, columns in zip(dropped, _columns(block), strict=True):
         if columns.stop > columns.start:
-            dA[:, columns] = torch.bmm(inner[:, :, columns].mT, units(x if without is None else without, block))
+            dA[:, columns] = outer(block, inner[:, :, columns], units(x if without is None else without, block))
     return dA
 
 

@@ -18,18 +18,17 @@ from torch import Tensor, nn
 from weft.core import dropout as dropping
 from weft.core import ops
 from weft.core.adapted import is_ours, magnitude_factor
-from weft.core.blocks import Block, Loaded, gated, routed_linears
+from weft.core.blocks import gated, routed_linears
 from weft.core.leaves import PoolSlot
 from weft.core.members import FixedSlot
+from weft.core.plans import segments, together
 from weft.core.quick import MISSES, QuickRows, Shared, solo_for
 from weft.core.routes import Route, Rows
 from weft.core.slots import Placed
+from weft.core.units import Block, Loaded
 from weft.errors import BankError
 
 __all__ = ["Joint", "joint_of", "run"]
-
-MOST_BLOCKS = 4
-"""Rows of one adapter are put together while that makes no more blocks than this; beyond it every row is a unit of its own."""
 
 
 class Joint:
@@ -141,9 +140,10 @@ class Joint:
             for part in range(len(route.parts))
         ]
         keys = [key if key >= 0 and any(ranks[key]) else -1 for key in route.keys]
+        device = self.members[0][1].site.weight.device
         if route.lengths is not None and not route.even:
-            return _segments(keys, route.lengths, ranks)
-        return _together(keys, ranks, self.members[0][1].site.weight.device)
+            return segments(keys, route.lengths, ranks, device)
+        return together(keys, ranks, device)
 
     # factors
 
@@ -313,64 +313,6 @@ def stream(seed: int, path: str) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
     return (z ^ (z >> 31)) & (2**32 - 1)
-
-
-def _together(keys: list[int], ranks: list[tuple[int, ...]], device: torch.device) -> list[tuple[Block, list[int]]]:
-    """Blocks of rows of equal length: by number of rows and ranks."""
-    rows: dict[int, list[int]] = {}
-    for row, key in enumerate(keys):
-        if key >= 0:
-            rows.setdefault(key, []).append(row)
-    classes: dict[Any, list[tuple[int, list[int]]]] = {}
-    for part, mine in rows.items():
-        classes.setdefault((len(mine), ranks[part]), []).append((part, mine))
-    if len(classes) > MOST_BLOCKS:
-        classes = {}
-        for row, key in enumerate(keys):
-            if key >= 0:
-                classes.setdefault((1, ranks[key]), []).append((key, [row]))
-    plans = []
-    for (count, of_site), items in classes.items():
-        order = [row for _, mine in items for row in mine]
-        plans.append(
-            (Block(_compact(order, len(keys), device), len(items), count, of_site), [part for part, _ in items])
-        )
-    return plans
-
-
-def _segments(keys: list[int], lengths: Sequence[int], ranks: list[tuple[int, ...]]) -> list[tuple[Block, list[int]]]:
-    """Blocks of packed tokens: neighbouring segments of equal length and ranks are one block."""
-    runs: list[list[int]] = []  # part, start, length
-    at = 0
-    for key, length in zip(keys, lengths, strict=True):
-        if length and key >= 0:
-            if runs and runs[-1][0] == key and runs[-1][1] + runs[-1][2] == at:
-                runs[-1][2] += length
-            else:
-                runs.append([key, at, length])
-        at += length
-    plans: list[tuple[Block, list[int]]] = []
-    groups: list[list[list[int]]] = []
-    for run_ in runs:
-        last = groups[-1][-1] if groups else None
-        if last and last[1] + last[2] == run_[1] and last[2] == run_[2] and ranks[last[0]] == ranks[run_[0]]:
-            groups[-1].append(run_)
-        else:
-            groups.append([run_])
-    for group in groups:
-        start, count = group[0][1], group[0][2]
-        stop = start + count * len(group)
-        rows = None if (start, stop) == (0, at) else (start, stop)
-        plans.append((Block(rows, len(group), count, ranks[group[0][0]]), [part for part, _, _ in group]))
-    return plans
-
-
-def _compact(order: list[int], count: int, device: torch.device) -> tuple[int, int] | Tensor | None:
-    if order == list(range(count)):
-        return None
-    if order == list(range(order[0], order[0] + len(order))):
-        return order[0], order[0] + len(order)
-    return torch.tensor(order, device=device)
 
 
 def _stack(slots: Sequence[Any]) -> tuple[Tensor, Tensor]:

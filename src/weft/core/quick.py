@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weft.core.adapted import is_ours
-from weft.core.blocks import LONG, Loaded, add_product, turned, units
+from weft.core.blocks import LONG, turned
 from weft.core.slots import Placed
+from weft.core.units import Loaded, add_product, product, units
 
 __all__ = ["QuickRows", "Solo", "solo_for"]
 
@@ -184,7 +185,7 @@ class QuickRows:
         self.members, self.blocks, self.rows, self.dtype, self.shared = members, blocks, rows, dtype, shared
         self.turned = [placed.site.transposed for _, placed in members]
         self._A = [item.A.mT.contiguous() if item.A.shape[2] <= NARROW else item.A.mT for item in blocks]
-        self._one = len(blocks) == 1 and blocks[0].block.rows is None
+        self._one = len(blocks) == 1 and blocks[0].block.rows is None and blocks[0].block.segments is None
 
     def __call__(self, number: int, x: Tensor, length: int, thins: Any) -> Tensor:
         """The output of one site: (..., i) -> (..., o), x contiguous, N rows of ``length`` tokens."""
@@ -218,6 +219,6 @@ class QuickRows:
         for item, A in zip(self.blocks, self._A, strict=True):
             block = item.block
             mine = whole if block.rows is None and block.units == self.rows else units(whole, block)
-            thin = torch.bmm(mine, A)
+            thin = product(block, mine, A)
             found.append((thin,) if len(block.ranks) == 1 else thin.split_with_sizes(list(block.ranks), 2))
         return found

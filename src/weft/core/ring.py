@@ -107,7 +107,8 @@ class Ring:
             found = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
             if found is None:
                 return
-            tokens = found.shape[0] * found.shape[1] if found.dim() == 2 else None
+            ids = found.dim() == 2 and not found.is_floating_point()
+            tokens = found.shape[0] * found.shape[1] if ids else None
             here.call = self._call(found.shape[0], tokens)
         route.check_call(here.call.rows, here.call.tokens)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,9 @@ from tests.unit.core.support import made
 from weft.core import blocks as blocking
 from weft.core import dropout as dropping
 from weft.core.bank import attach
-from weft.core.blocks import LONG, WIDE, Block, Loaded, gated, reference_blocks, routed_linears
+from weft.core.blocks import LONG, WIDE, gated, reference_blocks, routed_linears
+from weft.core.ragged import Segments
+from weft.core.units import Block, Loaded
 from weft.spec import LoraSpec
 
 WIDTHS = (5, 4, 7)
@@ -24,6 +28,11 @@ STRUCTURES: dict[str, list[Block]] = {
     "scattered": [Block(torch.tensor([4, 0, 3, 1]), 2, 2, (2, 2, 2))],
     "ragged": [Block(torch.tensor([5, 1]), 2, 1, (2, 2, 2)), Block((2, 4), 1, 2, (5, 1, 4))],
     "a site without factors": [Block((0, 3), 3, 1, (2, 0, 2)), Block((4, 6), 1, 2, (0, 3, 0))],
+    "unequal units": [Block(None, 3, 0, (2, 1, 4), Segments((1, 3, 2), torch.device("cpu")))],
+    "unequal units, some of the rows": [
+        Block((0, 3), 2, 0, (2, 2, 0), Segments((2, 1), torch.device("cpu"))),
+        Block(torch.tensor([5, 3, 4]), 2, 0, (4, 4, 4), Segments((1, 2), torch.device("cpu"))),
+    ],
     "nobody": [],
 }
 
@@ -37,6 +46,8 @@ def random_call(
     def draw(*shape: int) -> Tensor:
         return (torch.randn(*shape, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype).requires_grad_()
 
+    if any(block.segments is not None for block in structure):
+        length = 1  # rows are single tokens
     x = draw(6, length, d_in)
     bases: list[tuple[Tensor | None, Tensor | None]] = [
         (draw(width, d_in) if base else None, draw(width) if bias and base else None) for width in widths
@@ -98,9 +109,7 @@ def test_long_and_wide(bias: bool, base: bool, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("name", list(STRUCTURES)[:-1])
 @pytest.mark.parametrize("p", [0.0, 0.2])
 def test_a_gated_product(name: str, p: float) -> None:
-    structure = [
-        Block(block.rows, block.units, block.count, block.ranks[:1]) for block in STRUCTURES[name] if block.ranks[0]
-    ]
+    structure = [dataclasses.replace(block, ranks=block.ranks[:1]) for block in STRUCTURES[name] if block.ranks[0]]
     gate, bases, loaded, leaves = random_call(structure, widths=(5,))
     up = torch.randn_like(gate).requires_grad_()
     drawn = [dropping.draw(gate.detach().reshape(-1, 6), p)] if p else []
