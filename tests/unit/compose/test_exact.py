@@ -189,7 +189,8 @@ def test_dora_and_plain_adapters_add_exactly_on_their_base(kind: str, tmp_path: 
         adapter_of(model, 2, rank=3, alpha=5, **spec),
         adapter_of(model, 3, rank=4, dora=True, rslora=True, **spec),
     ]
-    mixed = check(model, adapters, base=model)
+    weights = (0.4, -0.7, 0.5)  # of the DoRA adapters positive, of a sum below 1: no row of the base can cancel
+    mixed = check(model, adapters, weights, base=model)
     assert mixed.spec.dora
     assert mixed.report.relative_error == 0.0
     assert {item.rank for item in mixed.factors.values()} == {9}
