@@ -135,6 +135,35 @@ def test_an_index_that_lies_leads_nowhere(store: Store, tmp_path: Path) -> None:
         store.get("m")
 
 
+# a crash of the machine
+
+
+def test_all_of_a_blob_is_on_the_disk_before_the_index_counts_on_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[int] = set()
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        real(handle)
+        flushed.add(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    missing: list[Path] = []
+
+    def look(_: object) -> None:
+        root = Path(store.place) / "blobs"
+        missing.extend(path for path in (root, *root.rglob("*")) if path.stat().st_ino not in flushed)
+
+    sa.event.listen(store.index.database.engine, "commit", look)
+    first = make_adapter(1, evaluation={"eval_loss": 1.0})
+    store.put(first, "m")
+    store.put(make_adapter(2), "m")
+    store.put(make_adapter(1, evaluation={"eval_loss": 2.0}), "m")  # the blob is there, its provenance is not
+    assert len(store.versions("m")) == 3
+    assert missing == []
+
+
 # full disks
 
 
