@@ -91,7 +91,9 @@ def unpack(folder: Path, digest: str, provenance: Provenance, files: Files | Non
         else:
             adapter = peft.read_known(folder, {name: facts.sha256 for name, facts in files.items()})
     except FormatError as problem:
-        raise DamagedError(f"the store's copy of {digest[:12]} is damaged: {problem}") from problem
+        raise DamagedError(
+            f"the store's copy of {digest[:12]} is damaged: {problem}. Put the adapter again, or pull it from where it was pushed to"
+        ) from problem
     if adapter.digest != digest:
         raise DamagedError(
             f"{folder}: the adapter in it has the digest {adapter.digest[:12]}, expected {digest[:12]}; put it again"
