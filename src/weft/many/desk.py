@@ -28,6 +28,7 @@ from weft.many.rounds import Rounds
 from weft.many.shares import Share
 from weft.models.targets import resolve_default
 from weft.spec import LoraSpec
+from weft.train.ends import unlearned_end
 from weft.train.inputs import prepare, read
 from weft.train.opening import with_head
 from weft.train.progress import StopOnSignal
@@ -90,6 +91,7 @@ class FolderDesk:
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     stopped: bool = False
     _for_peft: dict[LoraSpec, tuple[str, ...]] = field(default_factory=dict)
+    _ends: dict[LoraSpec, str | None] = field(default_factory=dict)
 
     @property
     def checkpoints(self) -> Path:
@@ -204,6 +206,19 @@ class FolderDesk:
         with self.engine.using(member.key):
             return make_proof(self.model, member.inputs.evaluated or member.inputs.train)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was found of the base while adapters were written."""
+        return tuple(dict.fromkeys(said for said in self._ends.values() if said))
+
+    def _end(self, member: Member, adapter: Adapter) -> tuple[str, ...]:
+        if member.inputs.train.kind != "completion":
+            return ()
+        if member.spec not in self._ends:
+            self._ends[member.spec] = unlearned_end(self.model, self.tokenizer, adapter.sites, adapter.modules)
+        said = self._ends[member.spec]
+        return (said,) if said else ()
+
     def _problem(self, spec: LoraSpec, adapter: Adapter) -> tuple[str, ...]:
         if spec not in self._for_peft:
             self._for_peft[spec] = not_for_peft(adapter)
@@ -218,5 +233,5 @@ class FolderDesk:
             base=course.base, adapter=metrics, steps=course.step, epochs=member.epoch, tokens=course.tokens, seconds=course.seconds,
             tokens_per_second=course.tokens / max(course.seconds, 1e-9), train_loss=course.last_loss, best_step=kept, stopped=course.stopped,
             learning_rate=schedule.learning_rate, rate_reason=schedule.rate_reason, trainable=adapter.num_parameters, digest=adapter.digest,
-            data=member.inputs.data, notes=(*member.inputs.notes, *problem),
+            data=member.inputs.data, notes=(*member.inputs.notes, *self._end(member, adapter), *problem),
         )  # fmt: skip

@@ -238,7 +238,7 @@ def _go(
             f"stopped after round {rounds.number}, {len(desk.rows)} of {len(own)} adapters done; "
             f"go on: weft train-many --resume {shlex.quote(str(folder.root))}"
         )
-    return desk.rows, rounds, _notes(plan, engine)
+    return desk.rows, rounds, (*_notes(plan, engine), *desk.notes)
 
 
 def _close(
