@@ -95,6 +95,7 @@ class Bank:
         self._expected: dict[LoraSpec, frozenset[str]] = {}
         self._layouts: dict[Any, Layout] = {}
         self._fingerprints: dict[tuple[str, ...], Fingerprint] = {}
+        self._ground.ring.moved = self._follow
         model.__dict__["_weft_bank"] = self
 
     def __repr__(self) -> str:
@@ -414,6 +415,12 @@ class Bank:
         except BaseException:
             self.drop(name)
             raise
+
+    def _follow(self) -> None:
+        """The model goes to another device: loaded adapters go along, and the one in use is taken up there."""
+        followed = [member for member in self._members.values() if member.follow()]
+        if followed:
+            self.use(self.current)
 
     def _check_route(self, route: Route) -> None:
         """Refuse rows that can't be told apart at one of their sites, before anything is computed.

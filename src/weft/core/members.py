@@ -47,6 +47,10 @@ class Member:
     provenance: Provenance | None = None
     fixed: bool = False
 
+    def follow(self) -> bool:
+        """Take a flat tensor to where the model is now; whether it was elsewhere. What is in the module tree goes by itself."""
+        return isinstance(self.sites, FlatSites) and self.sites.follow()
+
 
 class FixedSlot:
     """A slot whose tensors are views of a flat tensor; the same attributes as `Slot`, and nothing to train.
@@ -157,6 +161,14 @@ class FlatSites(Mapping[str, FixedSlot]):
         slot.magnitude = magnitude if piece.magnitude else None
         slot.bias = bias if piece.bias else None
         return slot
+
+    def follow(self) -> bool:
+        """Go where the weights of the model are; whether there was anything to do. The copy at the old place is freed with its last view."""
+        first = next(iter(self.layout.found.sites), None)
+        if first is None or first.weight.device == self.flat.device:
+            return False
+        self.flat = self.flat.to(first.weight.device)
+        return True
 
 
 def flatten(adapter: Adapter, layout: Layout, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
@@ -48,10 +48,14 @@ class Ring:
 
     Attributes:
         routed: whether a route may be on somewhere, or may have to be found again by a backward.
+        moves: how often a site's weights went to another device.
+        moved: called when they did.
     """
 
     def __init__(self) -> None:
         self.routed = False
+        self.moves = 0
+        self.moved: Callable[[], None] | None = None
         self._here = _Here()
         self._lock = threading.Lock()
         self._open = 0

@@ -117,6 +117,7 @@ class Route:
         self._at: dict[Placed, Any] = {}
         self._shapes: dict[Any, tuple[int, int]] = {}
         self._open = threading.local()
+        self._moves = ring.moves
 
     def __repr__(self) -> str:
         kind = "all rows" if self.whole else f"{len(self.keys)} {'rows' if self.lengths is None else 'segments'}"
@@ -137,10 +138,19 @@ class Route:
 
     def at(self, placed: Placed) -> Any:
         """What a site computes with: a slot for all rows, None for the base, or `Rows`."""
+        if self._moves != self.ring.moves:
+            self._follow()
         found = self._at.get(placed, _MISSING)
         if found is _MISSING:
             found = self._at[placed] = self._resolve(placed)
         return found
+
+    def _follow(self) -> None:
+        """The model went to another device: gather anew, there. Adapters that were dropped meanwhile come along, too."""
+        self._moves = self.ring.moves
+        for member in (member for part in self.parts for member, _ in part):
+            member.follow()
+        self._at, self.joints = {}, {}
 
     def alone(self) -> Member | None:
         """The one adapter that all rows use, as it is; None where there is no such."""

@@ -191,6 +191,7 @@ def restore(module: nn.Module) -> None:
 def _subclass(original: type, mixins: tuple[type, ...], properties: tuple[str, ...]) -> type:
     body: dict[str, Any] = {name: _override(name) for name in properties}
     body |= {
+        "_apply": _moving(original),
         "_weft_site": True,
         "_weft_original": original,
         "__module__": original.__module__,
@@ -215,6 +216,26 @@ def _override(name: str) -> property:
         return value.to(base.dtype) if isinstance(value, Tensor) else value(base)
 
     return property(get)
+
+
+def _moving(original: type) -> Any:
+    """``_apply``, which is what ``model.to(…)`` is made of, and word to the bank when it led to another device."""
+
+    def apply(self: nn.Module, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        before = _device(self)
+        result = original._apply(self, fn, *args, **kwargs)  # type: ignore[attr-defined]
+        ring = self.__dict__["_weft"].ring
+        if ring is not None and _device(self) != before:
+            ring.moves += 1
+            if ring.moved is not None:
+                ring.moved()
+        return result
+
+    return apply
+
+
+def _device(module: nn.Module) -> torch.device | None:
+    return next((tensor.device for tensor in module._parameters.values() if tensor is not None), None)
 
 
 def _check_forward(module: nn.Module, mixin: type | None, path: str) -> None:

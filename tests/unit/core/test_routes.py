@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -743,3 +745,68 @@ def test_an_attention_with_time_first_inside() -> None:
             got = outputs_of(model, batch)
         for row, entry in enumerate(["a", None, "b"]):
             assert_close(got[row : row + 1], alone(model, bank, entry, rows_of(batch, [row])))
+
+
+# a model that goes elsewhere
+
+
+def test_loaded_adapters_follow_the_model_to_another_device() -> None:
+    model = randomise(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)), torch.float32)
+    adapters = [made(model, LoraSpec(rank=rank, targets=["0", "2"])) for rank in (2, 3)]
+    bank = attach(model, {})
+    for name, adapter in zip("ab", adapters, strict=True):
+        bank.load(name, adapter)
+    bank.load("gone", adapters[0])
+    bank.use("a")
+    route, old = bank.route(["a", "b"]), bank.route(["gone", None])
+    x = torch.randn(2, 3, 6)
+    with torch.no_grad():
+        model(x)
+        for each in (route, old):
+            with each:
+                model(x)
+    flats = [weakref.ref(bank._members[name].sites.flat) for name in "ab"]  # type: ignore[attr-defined]
+    bank.drop("gone")
+    model.to("meta")
+    elsewhere = x.to("meta")
+    with torch.no_grad():  # autocast, which training asks about, doesn't know this device
+        assert model(elsewhere).device.type == "meta"
+        for each in (route, old, bank.route({"a": 0.5, "b": 2.0}), bank.route(["b", "b"])):
+            with each:
+                assert model(elsewhere).device.type == "meta"
+    for name in "ab":
+        sites = bank._members[name].sites
+        assert sites.flat.device.type == "meta"  # type: ignore[attr-defined]
+        assert all(slot.lora_A.device.type == "meta" for slot in sites.values())
+    del each
+    gc.collect()
+    assert [ref() for ref in flats] == [None, None]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_loaded_adapters_in_a_model_of_another_dtype(dtype: torch.dtype, dora: bool) -> None:
+    """Factors stay what they were, products are the model's; the way back loses nothing."""
+    model = randomise(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5)), torch.float32)
+    adapters = [made(model, LoraSpec(rank=rank, targets=["0", "2"], dora=dora)) for rank in (2, 3)]
+    bank = attach(model, {})
+    for name, adapter in zip("ab", adapters, strict=True):
+        bank.load(name, adapter)
+    digests = [bank.adapter(name).digest for name in "ab"]
+    bank.use("a")
+    route = bank.route(["a", "b"])
+    x = torch.randn(2, 3, 6)
+    with torch.no_grad():
+        model(x)
+        with route:
+            model(x)
+    model.to(dtype)
+    assert [bank.adapter(name).digest for name in "ab"] == digests
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            with route:
+                got = model(x.to(dtype))
+            assert got.dtype == dtype
+            for row, name in enumerate("ab"):
+                bank.use(name)
+                assert_close(got[row], model(x[row].to(dtype)))
