@@ -16,7 +16,20 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["as_json", "command", "common", "heading", "pairs", "piece", "progress", "remark", "result", "size", "table"]
+__all__ = [
+    "as_json",
+    "command",
+    "common",
+    "heading",
+    "number",
+    "pairs",
+    "piece",
+    "progress",
+    "remark",
+    "result",
+    "size",
+    "table",
+]
 
 
 def _is_first() -> bool:
@@ -93,6 +106,11 @@ def size(count: int) -> str:
             return f"{value:,.0f} {unit}" if unit == "bytes" else f"{value:,.{1 if value < 100 else 0}f} {unit}"
         value /= 1000
     raise AssertionError
+
+
+def number(count: int, one: str) -> str:
+    """A count and its noun: ``"1 version"``, ``"2 versions"``."""
+    return f"{count:,} {one}" if count == 1 else f"{count:,} {one}s"
 
 
 def common(paths: Sequence[str]) -> str:

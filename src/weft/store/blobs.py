@@ -28,6 +28,7 @@ from weft.durable import flush, flush_tree, write_flushed
 from weft.errors import DamagedError, StoreError
 
 __all__ = [
+    "DAMAGED_ADVICE",
     "Blobs",
     "FileFacts",
     "Files",
@@ -43,6 +44,10 @@ _ADDRESS = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?")
 _FILE = re.compile(r"(provenance/)?[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 MAX_PROVENANCE = 16 << 20
 """Bytes of a provenance."""
+
+DAMAGED_ADVICE = (
+    ". Put the adapter again, or pull it from where it was pushed to; weft store verify says what else is damaged"
+)
 
 _STALE = 3600.0
 """Seconds after which a file in ``tmp`` belongs to nobody."""
@@ -152,8 +157,7 @@ class Blobs(ABC):
     def damaged(self, address: str, name: str, what: str) -> DamagedError:
         """The error for a file that is not what was written."""
         return DamagedError(
-            f"{self.shown}: blob {address[:12]}: {name} {what} since the store wrote it. Put the adapter again, or pull it from where it was pushed to; "
-            "weft store verify says what else is damaged"
+            f"{self.shown}: blob {address[:12]}: {name} {what} since the store wrote it{DAMAGED_ADVICE}"
         )
 
 

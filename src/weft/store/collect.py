@@ -16,9 +16,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import IntegrityError
 
-from weft.errors import DamagedError
+from weft.errors import DamagedError, some_names
 from weft.store import tables as t
-from weft.store.blobs import MAX_PROVENANCE, Blobs
+from weft.store.blobs import DAMAGED_ADVICE, MAX_PROVENANCE, Blobs
 from weft.store.database import Database
 from weft.store.records import Collected, Verified
 from weft.store.rows import unpack_files
@@ -97,12 +97,15 @@ def verify(database: Database, blobs: Blobs) -> Verified:
         found = _check(blobs, row, wanted[row.address])
         if found and not _still_there(database, row.address):  # removed while it was looked at
             continue
-        problems += found
+        problems += [f"{problem}. {_advice(database, row.address)}" for problem in found]
         count, size = count + 1, size + row.bytes
     known = {row.address for row in rows}
     leftovers += sum(address not in known for address, _ in blobs.addresses())
     lost = sorted(set(wanted) - known)
-    problems += [f"blob {address[:12]}: the index has versions of it, and no blob" for address in lost]
+    problems += [
+        f"blob {address[:12]}: the index has versions of it, and no blob. {_advice(database, address)}"
+        for address in lost
+    ]
     return Verified(count, size, tuple(problems), leftovers)
 
 
@@ -116,6 +119,24 @@ def _provenances(c: Connection) -> dict[str, set[str]]:
 def _still_there(database: Database, address: str) -> bool:
     asked = sa.select(t.versions.c.id).where(t.versions.c.address == address).limit(1)
     return database.read(lambda c: c.execute(asked).first()) is not None
+
+
+def _advice(database: Database, address: str) -> str:
+    """Which versions a damaged blob is, and what to do."""
+    asked = (
+        sa.select(t.names.c.name, t.versions.c.number)
+        .join(t.names, t.names.c.id == t.versions.c.name_id)
+        .where(t.versions.c.address == address)
+        .order_by(t.versions.c.id)
+        .limit(100)
+    )
+    refs = [f"{row.name}@{row.number}" for row in database.read(lambda c: c.execute(asked).all())]
+    if not refs:
+        return "Nothing refers to it any more: weft store gc"
+    return (
+        f"It is {some_names(refs)}: pull it again from another place, or put it again; or give it up: "
+        f"weft store rm {refs[0]}"
+    )
 
 
 def _check(blobs: Blobs, row: Any, provenances: set[str]) -> list[str]:
@@ -132,7 +153,7 @@ def _check(blobs: Blobs, row: Any, provenances: set[str]) -> list[str]:
             if hashlib.sha256(data).hexdigest() != name:
                 found.append(f"blob {row.address[:12]}: provenance/{name}.json was changed")
     except DamagedError as problem:
-        found.append(str(problem))
+        found.append(str(problem).removesuffix(DAMAGED_ADVICE))
     strange = set(blobs.sizes(row.address)) - set(files)
     strange = {name for name in strange if not name.startswith("provenance/")}
     return found + [f"blob {row.address[:12]}: {name} is no file of it" for name in sorted(strange)]

@@ -92,7 +92,7 @@ def unpack(folder: Path, digest: str, provenance: Provenance, files: Files | Non
             adapter = peft.read_known(folder, {name: facts.sha256 for name, facts in files.items()})
     except FormatError as problem:
         raise DamagedError(
-            f"the store's copy of {digest[:12]} is damaged: {problem}. Put the adapter again, or pull it from where it was pushed to"
+            f"the store's copy of {digest[:12]} is damaged: {_harm(folder, files or {}) or problem}. Put the adapter again, or pull it from where it was pushed to"
         ) from problem
     if adapter.digest != digest:
         raise DamagedError(
@@ -104,6 +104,17 @@ def unpack(folder: Path, digest: str, provenance: Provenance, files: Files | Non
     elif whole.digest != digest:
         raise DamagedError(f"the store's provenance of {digest[:12]} names another base than its adapter; put it again")
     return whole
+
+
+def _harm(folder: Path, files: Files) -> str:
+    """The first file that is not what the index knows; empty: all are."""
+    for name, facts in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != facts.size or hashlib.sha256(path.read_bytes()).hexdigest() != facts.sha256:
+            return f"{path} was changed since the store wrote it"
+    return ""
 
 
 def pack_provenance(provenance: Provenance) -> tuple[str, bytes]:

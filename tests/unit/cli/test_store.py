@@ -53,7 +53,7 @@ def test_a_life_in_the_store(place: Path) -> None:
     assert "points to it" in weft("store rm medical --all", ok=False).err
     weft("store rm medical@prod")
     assert weft("store rm medical@1").out == "removed: medical@1\n"
-    assert weft("store gc --grace 0").out.startswith("removed 1 adapters")
+    assert weft("store gc --grace 0").out.startswith("removed 1 adapter of ")
     weft("store push shelf")
     assert "pulled doctor@2" in weft("store pull shelf medical --as doctor").out
     weft("store log doctor --graph --picture graph.svg")
@@ -70,6 +70,24 @@ def test_damage_is_exit_status_1(place: Path) -> None:
         done = weft(line, ok=False)
         assert done.status == 1, line
         assert "weft.json was changed" in done.out + done.err
+    said = weft("store verify", ok=False).out
+    assert "1 adapter, " in said
+    assert "1 problem\n" in said
+    assert "weft store rm m@1" in said
+    assert "weft store verify" not in said
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_each_version_is_one_line_however_narrow_the_terminal(
+    place: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    weft("store put run1 --name medical --tag language=klingon --tag domain=infectious-diseases --metric bleu=31")
+    weft("store put run2 --name medical-of-a-long-name --metric rouge_l=0.4 --metric exact_match=0.1")
+    weft("store promote medical production")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = weft("store ls").out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["medical-of-a-long-name@1", "medical@1"]
+    assert max(map(len, lines)) <= columns
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def _show(verb: str, done: Transfer, json: bool, quiet: bool) -> None:
     for ref in done.moved:
         show.result(f"{verb} {ref}")
     show.remark(
-        f"{len(done.moved)} versions, {show.size(done.bytes)}"
+        f"{show.number(len(done.moved), 'version')}, {show.size(done.bytes)}"
         + (f"; {len(done.there)} were there already" if done.there else ""),
         quiet,
     )
@@ -107,7 +107,7 @@ def serve_index(
 
     if out is not None:
         count = write_pages(store, Path(out), with_blobs=blobs)
-        return show.result(f"written: {Path(out) / 'index.html'} ({count} names)")
+        return show.result(f"written: {Path(out) / 'index.html'} ({show.number(count, 'name')})")
     with make_server(store, host, port) as server:
         address = f"http://{host}:{server.server_address[1]}"
         show.result(address)

@@ -127,9 +127,11 @@ def gc(
             }
         )
     verb = "would remove" if dry else "removed"
-    rest = f", and {found.leftovers} leftovers of writers that died" if found.leftovers else ""
+    rest = f", and {show.number(found.leftovers, 'leftover')} of writers that died" if found.leftovers else ""
     kept = f"; {found.kept} more are younger than {grace}" if found.kept else ""
-    show.result(f"{verb} {len(found.blobs)} adapters of {show.size(found.bytes)} that nothing refers to{rest}{kept}")
+    show.result(
+        f"{verb} {show.number(len(found.blobs), 'adapter')} of {show.size(found.bytes)} that nothing refers to{rest}{kept}"
+    )
 
 
 def verify(ctx: typer.Context, json: Json = False) -> None:
@@ -148,10 +150,9 @@ def verify(ctx: typer.Context, json: Json = False) -> None:
     else:
         for problem in found.problems:
             show.result(problem)
-        rest = f"; {found.leftovers} that nothing refers to await weft store gc" if found.leftovers else ""
-        show.result(
-            f"{found.blobs} adapters, {show.size(found.bytes)}: {'all as they were written' if found.ok else f'{len(found.problems)} problems'}{rest}"
-        )
+        rest = f"; {found.leftovers} that nothing refers to: weft store gc" if found.leftovers else ""
+        said = "all as they were written" if found.ok else show.number(len(found.problems), "problem")
+        show.result(f"{show.number(found.blobs, 'adapter')}, {show.size(found.bytes)}: {said}{rest}")
     if not found.ok:
         raise typer.Exit(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from weft.store.differing import Difference
 
 __all__ = ["add_to"]
+
+_BETWEEN = 3
+"""Letters between two columns of a table."""
+
+_LEAST = 14
+"""Letters that a cell is not cut below."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -71,12 +78,12 @@ def ls(
             else f"nothing yet in {store.place}: weft store put PATH --name NAME",
             quiet,
         )
-    _table(found[:limit], with_name=True)
+    _table(found[:limit], with_name=True, quiet=quiet)
     if len(found) > limit:
         show.remark(f"… and more: --limit {limit * 10} shows them", quiet)
 
 
-def _table(versions: list[Version], *, with_name: bool) -> None:
+def _table(versions: list[Version], *, with_name: bool, quiet: bool) -> None:
     """Versions, with those metrics and tags that one of them has."""
     metrics = list(dict.fromkeys(name for version in versions for name in version.metrics))[:3]
     heads = [("version", "left"), ("alias", "left"), ("base", "left"), ("rank", "right"), *((name, "right") for name in metrics), ("tags", "left"),
@@ -98,9 +105,44 @@ def _table(versions: list[Version], *, with_name: bool) -> None:
                 version.digest[:8],
             )
         )
-    empty = [column for column in range(len(heads)) if all(not row[column] for row in rows)]
-    kept = [column for column in range(len(heads)) if column not in empty]
-    show.table([heads[column] for column in kept], [[row[column] for column in kept] for row in rows])
+    kept = [column for column in range(len(heads)) if any(row[column] for row in rows)]
+    columns = {heads[column][0]: [row[column] for row in rows] for column in kept}
+    left_out = _fit(columns, shutil.get_terminal_size((80, 24)).columns)
+    sides = dict(heads)
+    show.table([(head, sides[head]) for head in columns], zip(*columns.values(), strict=True))
+    if left_out:
+        show.remark(f"no room for: {', '.join(left_out)}; a wider window or --json has it", quiet)
+
+
+def _fit(columns: dict[str, list[str]], room: int) -> list[str]:
+    """Make a table as narrow as a terminal, so that each row is one line: long text is cut, then columns go.
+
+    Args:
+        columns: cells by heading; changed in place.
+        room: letters in a line.
+
+    Returns:
+        Headings of the columns that went.
+    """
+
+    def too_much() -> int:
+        return sum(wide(head) for head in columns) + _BETWEEN * (len(columns) - 1) - room
+
+    def wide(head: str) -> int:
+        return max(len(head), *map(len, columns[head]))
+
+    while too_much() > 0:
+        longest = max((head for head in ("tags", "base", "alias") if head in columns), key=wide, default="")
+        if not longest or wide(longest) <= _LEAST:
+            break
+        width = max(_LEAST, wide(longest) - too_much())
+        columns[longest] = [cell if len(cell) <= width else f"{cell[: width - 1]}…" for cell in columns[longest]]
+    gone = []
+    for head in ("put", "rank", "tags", "base", *list(columns)[:0:-1]):
+        if too_much() > 0 and head in columns and len(columns) > 1:
+            del columns[head]
+            gone.append(head)
+    return gone
 
 
 def _when(seconds: float) -> str:
@@ -164,7 +206,7 @@ def log(
         return show.as_json(
             {"versions": [version.to_dict() for version in versions], "moves": [vars(move) for move in moves]}
         )
-    _table(versions, with_name=False)
+    _table(versions, with_name=False, quiet=quiet)
     if moves:
         show.result()
         heads = [
