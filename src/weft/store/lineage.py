@@ -143,7 +143,10 @@ class Lineage:
                 if weight is not None:
                     at = 0.3 if py - y < 2 * (_HEIGHT + _GAP_Y) else 0.15
                     lx, ly = x1 + (x2 - x1) * at**2 * (3 - 2 * at), y1 + (y2 - y1) * at
-                    labels.append(f'<text class="weight" x="{lx + 5:.0f}" y="{ly + 4:.0f}">{weight:g}</text>')
+                    side, away = ("end", -6) if x2 < x1 else ("start", 6)  # on the outer side of the curve
+                    labels.append(
+                        f'<text class="weight" text-anchor="{side}" x="{lx + away:.0f}" y="{ly + 4:.0f}">{weight:g}</text>'
+                    )
         parts += [self._box(node, *corner(node.digest)) for node in self.nodes.values()]
         return "\n".join([*parts, *labels, "</svg>"]) + "\n"
 

@@ -45,7 +45,7 @@ h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2re
 a { color: var(--mark); text-decoration: none; } a:hover { text-decoration: underline; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; color: var(--faint); font-size: .85rem; } th, td { padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.right, th.right { text-align: right; } code { font: 13px ui-monospace, monospace; } .alias { border: 1px solid var(--mark); color: var(--mark); border-radius: 9px; padding: 0 .5em; font-size: .8rem; margin-left: .3em; }
+td.right, th.right { text-align: right; padding-right: 1.8rem; } code { font: 13px ui-monospace, monospace; } .alias { border: 1px solid var(--mark); color: var(--mark); border-radius: 9px; padding: 0 .5em; font-size: .8rem; margin-left: .3em; }
 img { max-width: 100%; background: #fff; border-radius: 6px; }
 """
 _HEADERS = {
@@ -87,8 +87,8 @@ class Pages:
              str(version.rank), _metrics(version), _tags(version), f'<code>{version.digest[:12]}</code>', moment(version.created)[:10])
             for version in versions
         ]  # fmt: skip
-        heads = ("name", ">versions", "base", ">rank", "metrics", "tags", "digest", "newest")
-        body = f'<h1>Adapters</h1><p class=faint>{len(versions):,} names of {_text(self.store.owner)}. <a href="index.json">index.json</a> has the same for programs.</p>'
+        heads = ("name", ">version", "base", ">rank", "metrics", "tags", "digest", "newest")
+        body = f'<h1>Adapters</h1><p class=faint>{len(versions):,} {"name" if len(versions) == 1 else "names"} of {_text(self.store.owner)}. <a href="index.json">index.json</a> has the same for programs.</p>'
         return _page("Adapters", body + (_table(heads, rows) if rows else "<p>Nothing yet.</p>"))
 
     def name_html(self, name: str) -> bytes:
@@ -101,7 +101,7 @@ class Pages:
         ]  # fmt: skip
         newest = versions[0]
         body = f'<p><a href="index.html">Adapters</a></p><h1>{_text(name)}</h1><p class=faint>base {_text(newest.base_name or "not known")} <code>{newest.base[:12]}</code></p>'
-        body += _table((">version", ">rank", ">numbers", "metrics", "tags", "note", "digest", "put (UTC)"), rows)
+        body += _table(("version", ">rank", ">numbers", "metrics", "tags", "note", "digest", "put (UTC)"), rows)
         moves = [(_text(move.alias), move.kind, str(move.before or ""), str(move.after or ""), _text(move.required), _text(move.by), moment(move.at)[:16].replace("T", " "))
                  for move in self.store.moves(name)]  # fmt: skip
         if moves:
@@ -187,7 +187,9 @@ def _page(title: str, body: str) -> bytes:
 
 
 def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """A table of cells that are HTML; a heading that starts with ``>`` is a column of numbers."""
+    """A table of cells that are HTML, without empty columns; a heading that starts with ``>`` is a column of numbers."""
+    kept = [column for column in range(len(heads)) if any(row[column] for row in rows)]
+    heads, rows = tuple(heads[column] for column in kept), [tuple(row[column] for column in kept) for row in rows]
     sides = [' class="right"' if head.startswith(">") else "" for head in heads]
     top = "".join(f"<th{side}>{head.removeprefix('>')}</th>" for head, side in zip(heads, sides, strict=True))
     body = "".join(

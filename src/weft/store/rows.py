@@ -6,6 +6,7 @@ An owner sees what is theirs. This module reads; what changes the index stands o
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from weft.store.query import Filter, matching
 from weft.store.records import Move, Version
 
 __all__ = ["Files", "Reader", "pack_files", "select_versions", "unpack_files"]
+
+logger = logging.getLogger(__name__)
 
 Files = Mapping[str, FileFacts]
 
@@ -51,10 +54,17 @@ class Reader:
         """
         reference = parse(text) if not isinstance(text, Reference) else text
 
-        def work(c: Connection) -> Version:
-            return self._filled(c, [self._row(c, reference)])[0]
+        def work(c: Connection) -> tuple[Version, str]:
+            found = self._filled(c, [self._row(c, reference)])[0]
+            return found, self._hidden(c, reference, found) if reference.name and reference.prefix else ""
 
-        return self.database.read(work)
+        found, hidden = self.database.read(work)
+        if hidden:
+            logger.warning(
+                "%s is a name here, and the first digits of %s: the name is taken; sha256:%s is the other",
+                reference.text, hidden[:16], hidden[:16],
+            )  # fmt: skip
+        return found
 
     def versions(self, name: str) -> list[Version]:
         """All versions of a name, the newest first.
@@ -207,6 +217,16 @@ class Reader:
                 f"{reference.text} can be {some_names([digest[:16] for digest in digests], 3)}: give more digits"
             )
         return rows[0]
+
+    def _hidden(self, c: Connection, reference: Reference, found: Version) -> str:
+        """Another adapter's digest, whose first digits are the name that was taken; empty: there is none."""
+        if found.name != reference.name:
+            return ""
+        starts = (t.versions.c.digest >= reference.prefix, t.versions.c.digest < reference.prefix + "g")
+        asked = sa.select(t.versions.c.digest).where(
+            t.versions.c.owner == self.owner, t.versions.c.digest != found.digest, *starts
+        )
+        return c.execute(asked.limit(1)).scalar() or ""
 
     def _filled(self, c: Connection, rows: Iterable[Any], is_new: bool = True) -> list[Version]:
         """Versions from rows: aliases, tags, metrics, parents and data sets of all of them in five queries."""

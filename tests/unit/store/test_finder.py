@@ -54,6 +54,19 @@ def test_a_directory_wins_and_it_is_said(known: Store, caplog: pytest.LogCapture
     assert caplog.text == ""
 
 
+def test_a_name_wins_over_first_digits_and_it_is_said(known: Store, caplog: pytest.LogCaptureFixture) -> None:
+    digest = make_adapter(1).digest
+    known.put(make_adapter(3), digest[:8])
+    with caplog.at_level(logging.WARNING, "weft"):
+        assert weft.load(digest[:8]) == make_adapter(3)
+    assert f"{digest[:8]} is a name here, and the first digits of {digest[:16]}: the name is taken" in caplog.text
+    caplog.clear()
+    for plain in (f"{digest[:8]}@1", digest[:9], f"sha256:{digest[:16]}", "medical"):
+        weft.load(plain)
+    assert weft.load(f"sha256:{digest[:16]}") == make_adapter(1)
+    assert caplog.text == ""
+
+
 def test_what_is_neither_names_both(known: Store) -> None:
     with pytest.raises(
         FormatError, match=r"no such file or directory, and the store has no 'medcal'. Did you mean 'medical'"
