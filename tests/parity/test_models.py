@@ -280,7 +280,7 @@ def test_a_bfloat16_base_with_float32_factors() -> None:
     model = exact_model.to(torch.bfloat16)
     wrapped = peft.get_peft_model(copy.deepcopy(model), config_of(LoraSpec(rank=4, alpha=6))).eval()
     with attach(model, {}) as bank, torch.no_grad():
-        bank.load("a", adapter, allow_other_base=True)
+        bank.load("a", adapter, trainable=True, allow_other_base=True)
         bank.use("a")
         assert {p.dtype for _, p in bank.named_parameters("a")} == {torch.float32}
         for key, pair in pairs(wrapped):
@@ -294,8 +294,8 @@ def test_dropout_is_the_same_in_distribution() -> None:
     """Other random numbers, the same mean and spread of the loss."""
     model, bank, wrapped, _ = twins("llama", torch.float32)
     batch = batch_for(model)
-    for placed in bank._placed.values():
-        placed.slots["a"].__dict__["dropout"] = 0.3
+    for slot in bank._members["a"].sites.values():
+        slot.__dict__["dropout"] = 0.3
     for module in wrapped.modules():
         if hasattr(module, "lora_dropout"):
             module.lora_dropout["default"] = nn.Dropout(0.3)

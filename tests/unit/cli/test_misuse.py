@@ -66,8 +66,14 @@ MISUSE = {
     "no slots": ("train-many --data {train} --slots 0 --out {t}/r", "--slots"),
     "a sweep by users": ("train-many --data {train} --by user --sweep rank=1 --out {t}/r", "--sweep --by"),
     "a sweep of two files": ("train-many --data {train} --data {train} --sweep rank=1 --out {t}/r", "--sweep 2 files"),
-    "a sweep without =": ("train-many --base {base} --data {train} --eval 0.2 --sweep rank --out {t}/r", "rank NAME=A,B,C"),
-    "a sweep of no field": ("train-many --base {base} --data {train} --eval 0.2 --sweep rnk=1,2 --out {t}/r", "rnk rank"),
+    "a sweep without =": (
+        "train-many --base {base} --data {train} --eval 0.2 --sweep rank --out {t}/r",
+        "rank NAME=A,B,C",
+    ),
+    "a sweep of no field": (
+        "train-many --base {base} --data {train} --eval 0.2 --sweep rnk=1,2 --out {t}/r",
+        "rnk rank",
+    ),
     "a sweep without evaluation": ("train-many --base {base} --data {train} --sweep rank=1,2 --out {t}/r", "--eval"),
     "random without a sweep": ("train-many --data {train} --random 3 --out {t}/r", "--random --sweep"),
     "requests of nobody": ("generate --base {base} --adapter a={adapter} --jsonl {t}/requests.jsonl", "'b' request"),
