@@ -22,6 +22,7 @@ from weft.store.blobs import DAMAGED_ADVICE, MAX_PROVENANCE, Blobs
 from weft.store.database import Database
 from weft.store.records import Collected, Verified
 from weft.store.rows import unpack_files
+from weft.train.bars import counted, counter
 
 __all__ = ["collect", "verify"]
 
@@ -83,22 +84,23 @@ def _remove_stray(c: Connection, *, blobs: Blobs, address: str) -> bool:
     return True
 
 
-def verify(database: Database, blobs: Blobs) -> Verified:
+def verify(database: Database, blobs: Blobs, progress: bool | None = None) -> Verified:
     """See `Store.verify`."""
     asked = sa.select(t.blobs).order_by(t.blobs.c.address)
     rows = database.read(lambda c: c.execute(asked).all())
     wanted = database.read(_provenances)
     problems: list[str] = []
     count = size = leftovers = 0
-    for row in rows:
-        if row.address not in wanted:
-            leftovers += 1
-            continue
-        found = _check(blobs, row, wanted[row.address])
-        if found and not _still_there(database, row.address):  # removed while it was looked at
-            continue
-        problems += [f"{problem}. {_advice(database, row.address)}" for problem in found]
-        count, size = count + 1, size + row.bytes
+    with counter("verifying", len(rows), progress) as advance:
+        for row in counted(rows, advance):
+            if row.address not in wanted:
+                leftovers += 1
+                continue
+            found = _check(blobs, row, wanted[row.address])
+            if found and not _still_there(database, row.address):  # removed while it was looked at
+                continue
+            problems += [f"{problem}. {_advice(database, row.address)}" for problem in found]
+            count, size = count + 1, size + row.bytes
     known = {row.address for row in rows}
     leftovers += sum(address not in known for address, _ in blobs.addresses())
     lost = sorted(set(wanted) - known)

@@ -19,6 +19,7 @@ from weft.store.names import LATEST, Reference, check_name, parse
 from weft.store.packing import provenance_of, unpack
 from weft.store.places import INDEX_FILE
 from weft.store.shelves import Record, Shelf, open_catalog, record_of
+from weft.train.bars import counted, counter
 
 if TYPE_CHECKING:
     from weft.store.store import Store
@@ -43,7 +44,9 @@ class Transfer:
     notes: tuple[str, ...] = ()
 
 
-def push(store: Store, url: str, refs: Sequence[str], options: Mapping[str, Any] | None) -> Transfer:
+def push(
+    store: Store, url: str, refs: Sequence[str], options: Mapping[str, Any] | None, progress: bool | None = None
+) -> Transfer:
     """See `Store.push`."""
     shelf = _shelf(store, url, options)
     versions = (
@@ -53,23 +56,24 @@ def push(store: Store, url: str, refs: Sequence[str], options: Mapping[str, Any]
     )
     moved, there, size = [], [], 0
     unique = {str(version): version for version in sorted(versions, key=lambda version: (version.name, version.number))}
-    for version in unique.values():
-        known = shelf.record(version.name, version.number)
-        if known is not None:
-            if known.digest != version.digest:
-                raise StoreError(
-                    f"{shelf.shown}: {version} is there already with another adapter ({known.digest[:12]}, not {version.digest[:12]}): versions never change. "
-                    f"Put it under another name: weft store put {version} --name NAME"
-                )
-            there.append(str(version))
-            continue
-        files = store.index.files(version.address)
-        record = record_of(version, files, store.provenance(version).to_dict())
-        with store.blobs.fetch(version.address, files) as folder:
-            store.blobs.check(version.address, files, folder)
-            shelf.send(record, folder)
-        moved.append(str(version))
-        size += record.size
+    with counter("pushing", len(unique), progress) as advance:
+        for version in counted(unique.values(), advance):
+            known = shelf.record(version.name, version.number)
+            if known is not None:
+                if known.digest != version.digest:
+                    raise StoreError(
+                        f"{shelf.shown}: {version} is there already with another adapter ({known.digest[:12]}, not {version.digest[:12]}): versions never change. "
+                        f"Put it under another name: weft store put {version} --name NAME"
+                    )
+                there.append(str(version))
+                continue
+            files = store.index.files(version.address)
+            record = record_of(version, files, store.provenance(version).to_dict())
+            with store.blobs.fetch(version.address, files) as folder:
+                store.blobs.check(version.address, files, folder)
+                shelf.send(record, folder)
+            moved.append(str(version))
+            size += record.size
     for name in dict.fromkeys(version.name for version in unique.values()):
         sent = [version for version in unique.values() if version.name == name]
         shelf.point(name, {alias: version.number for version in sent for alias in version.aliases})
@@ -85,7 +89,14 @@ def _is_whole(reference: Reference) -> bool:
     return bool(reference.name) and "@" not in reference.text and not reference.prefix
 
 
-def pull(store: Store, url: str, refs: Sequence[str], name: str | None, options: Mapping[str, Any] | None) -> Transfer:
+def pull(
+    store: Store,
+    url: str,
+    refs: Sequence[str],
+    name: str | None,
+    options: Mapping[str, Any] | None,
+    progress: bool | None = None,
+) -> Transfer:
     """See `Store.pull`."""
     shelf = _shelf(store, url, options)
     numbers = shelf.numbers()
@@ -104,17 +115,20 @@ def pull(store: Store, url: str, refs: Sequence[str], name: str | None, options:
     there: list[str] = []
     notes: list[str] = []
     size = 0
-    for home, number in dict.fromkeys(asked):
-        record = shelf.record(check_name(home), number)
-        if record is None:
-            raise NotInStoreError(f"{shelf.shown}: {home}@{number} went away meanwhile; try again")
-        with shelf.fetch(record) as folder:
-            adapter = unpack(folder, record.digest, provenance_of(dict(record.provenance), f"{shelf.shown}: {record}"))
-        version = store.put(
-            adapter, name or home, tags=record.tags, metrics=record.metrics, note=record.note, number=number
-        )
-        (moved if version.is_new else there).append(str(version))
-        size += record.size if version.is_new else 0
+    with counter("pulling", len(set(asked)), progress) as advance:
+        for home, number in counted(dict.fromkeys(asked), advance):
+            record = shelf.record(check_name(home), number)
+            if record is None:
+                raise NotInStoreError(f"{shelf.shown}: {home}@{number} went away meanwhile; try again")
+            with shelf.fetch(record) as folder:
+                adapter = unpack(
+                    folder, record.digest, provenance_of(dict(record.provenance), f"{shelf.shown}: {record}")
+                )
+            version = store.put(
+                adapter, name or home, tags=record.tags, metrics=record.metrics, note=record.note, number=number
+            )
+            (moved if version.is_new else there).append(str(version))
+            size += record.size if version.is_new else 0
     for home in dict.fromkeys(item[0] for item in asked):
         notes += _take_aliases(store, shelf, home, name or home, {number for other, number in asked if other == home})
     return Transfer(shelf.shown, tuple(moved), tuple(there), size, tuple(notes))

@@ -242,13 +242,16 @@ class Store:
         for_peft = "adapter_config.json" in self.index.files(version.address)
         return self.get(version).save(out, overwrite=overwrite, for_peft=for_peft)
 
-    def push(self, url: str, *refs: str, options: Mapping[str, Any] | None = None) -> Transfer:
+    def push(
+        self, url: str, *refs: str, options: Mapping[str, Any] | None = None, progress: bool | None = None
+    ) -> Transfer:
         """Copy versions to another place, with numbers, tags, metrics, provenance and aliases.
 
         Args:
             url: a directory, ``s3://bucket/prefix``, ``hf://org/name``, or the directory of another store.
             refs: names (all their versions) and versions; none: everything that the owner has.
             options: for fsspec's filesystem.
+            progress: None: a bar on a terminal; False: silence.
 
         Raises:
             StoreError: a version is there already with another adapter; the place can't be written.
@@ -256,15 +259,23 @@ class Store:
         """
         from weft.store.exchange import push
 
-        return push(self, url, refs, options)
+        return push(self, url, refs, options, progress)
 
-    def pull(self, url: str, *refs: str, name: str | None = None, options: Mapping[str, Any] | None = None) -> Transfer:
+    def pull(
+        self,
+        url: str,
+        *refs: str,
+        name: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        progress: bool | None = None,
+    ) -> Transfer:
         """Copy versions from another place; every byte is verified. Aliases that are new here come with them.
 
         Args:
             url: as in `push`; or the address of ``weft store serve-index``.
             refs: names (all their versions) and versions; none: everything that is there.
             name: what the name is to be here.
+            progress: None: a bar on a terminal; False: silence.
 
         Raises:
             NotInStoreError: it isn't there.
@@ -273,7 +284,7 @@ class Store:
         """
         from weft.store.exchange import pull
 
-        return pull(self, url, refs, name, options)
+        return pull(self, url, refs, name, options, progress)
 
     # looking
 
@@ -419,9 +430,13 @@ class Store:
         """
         return collect(self.index.database, self.blobs, grace, dry_run)
 
-    def verify(self) -> Verified:
-        """Hash every byte of every blob, of all owners, and compare it with the index."""
-        return verify(self.index.database, self.blobs)
+    def verify(self, *, progress: bool | None = None) -> Verified:
+        """Hash every byte of every blob, of all owners, and compare it with the index.
+
+        Args:
+            progress: None: a bar on a terminal; False: silence.
+        """
+        return verify(self.index.database, self.blobs, progress)
 
     def _make(self, root: Path) -> None:
         """The directory of a local store."""

@@ -15,6 +15,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from weft.train.bars import counter, progress_bar, say
+
 __all__ = ["LogWriter", "Progress", "StopOnSignal", "counter", "progress_bar", "say"]
 
 RENAMED = {
@@ -185,12 +187,6 @@ class StopOnSignal(TrainerCallback):
         say("", "stopping after this step, with a checkpoint; once more to stop at once")
 
 
-def say(*lines: str) -> None:
-    """Lines for the user, to stderr."""
-    for line in lines:
-        print(line, file=sys.stderr, flush=True)  # noqa: T201
-
-
 def _any_process(asked: bool, device: Any) -> bool:
     """Whether some process was asked: all stop at the same step."""
     import torch
@@ -199,26 +195,3 @@ def _any_process(asked: bool, device: Any) -> bool:
     flag = torch.tensor(int(asked), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
-
-
-def progress_bar() -> Any:
-    """weft's bar, on stderr; its tasks have a field ``note``."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as RichProgress
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-               TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    return RichProgress(*columns, console=Console(stderr=True), transient=False)
-
-
-@contextlib.contextmanager
-def counter(what: str, total: int, mode: bool | None) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal for anything that can be counted; silence elsewhere. Gives a function that advances it."""
-    if mode is not None or not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    bar = progress_bar()
-    task = bar.add_task(what, total=total, note="")
-    with bar:
-        yield lambda count: bar.update(task, advance=count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from tests.command_line import weft
 from tests.unit.cli.support import World
 from tests.unit.store.support import make_adapter
+from weft.formats import load
 
 
 @pytest.fixture
@@ -124,3 +126,21 @@ def test_references_wherever_an_adapter_is_taken(place: Path, world: World) -> N
     weft("merge --base", world.base, "--adapter", "speaker@1", "--out", "merged")
     weft("store put speaker@prod --name again")
     assert weft("combine speaker=0.5 again=0.5 --out mixed", ok=False).status in (0, 2)
+
+
+@pytest.mark.parametrize("verb", ["eval", "combine"])
+def test_a_version_is_read_as_its_directory_is(place: Path, world: World, verb: str) -> None:
+    weft("store put", world.adapter, "--name", "speaker")
+    weft("store put run1 --name speaker")
+    mine = load(world.adapter)
+    factors = {path: dataclasses.replace(one, scale=-one.scale) for path, one in mine.factors.items()}
+    mine.replace(factors=factors, proof={}).save(place / "other")
+    found = []
+    for adapter in ("speaker@1", str(world.adapter)):
+        if verb == "eval":
+            line = ("eval --limit 1 --json --quiet --base", world.base, "--adapter", adapter, "--data", world.valid)
+            found.append(weft(*line).json["adapter"])
+        else:
+            weft("combine", f"{adapter}=0.5", "other=0.25", "--out", f"mixed{len(found)}")
+            found.append(weft(f"inspect mixed{len(found)} --json").json["digest"])
+    assert found[0] == found[1]

@@ -35,7 +35,7 @@ def add_to(app: typer.Typer) -> None:
 
 def push(ctx: typer.Context, place: Place, refs: Refs = None, json: Json = False, quiet: Quiet = False) -> None:
     """Copy versions to another place, with all that is known of them."""
-    _show("pushed", opened(ctx).push(place, *(refs or ())), json, quiet)
+    _show("pushed", opened(ctx).push(place, *(refs or ()), progress=show.progress(quiet)), json, quiet)
 
 
 def pull(
@@ -49,7 +49,12 @@ def pull(
     quiet: Quiet = False,
 ) -> None:
     """Copy versions from another place; every byte is verified."""
-    _show("pulled", opened(ctx, create=True).pull(place, *(refs or ()), name=name), json, quiet)
+    _show(
+        "pulled",
+        opened(ctx, create=True).pull(place, *(refs or ()), name=name, progress=show.progress(quiet)),
+        json,
+        quiet,
+    )
 
 
 def _show(verb: str, done: Transfer, json: bool, quiet: bool) -> None:

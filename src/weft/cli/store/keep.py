@@ -134,9 +134,9 @@ def gc(
     )
 
 
-def verify(ctx: typer.Context, json: Json = False) -> None:
+def verify(ctx: typer.Context, json: Json = False, quiet: Quiet = False) -> None:
     """Hash all files, and compare them with the index."""
-    found = opened(ctx).verify()
+    found = opened(ctx).verify(progress=show.progress(quiet))
     if json:
         show.as_json(
             {
