@@ -40,15 +40,15 @@ def test_every_slot_moves_as_if_it_were_alone(dtype: torch.dtype, alike: bool) -
             item.grad.copy_(torch.randn_like(item.grad) * 10 ** torch.empty(1).uniform_(-3, 1).item())
             copy.grad.copy_(item.grad)
         started += 1
-        rates = Rates(10 ** torch.empty(SLOTS, dtype=torch.float64).uniform_(-4, -1), torch.tensor([1, 16, 1, 1, 4.0]).double(),
-                      torch.tensor([0.0, 0.01, 0.5, 0, 0.1]).double(), started)  # fmt: skip
+        rates = Rates(10 ** torch.empty(SLOTS, dtype=torch.float64).uniform_(-4, -1), torch.tensor([1, 16, 1, 1, 4.0], dtype=torch.float64),
+                      torch.tensor([0.0, 0.01, 0.5, 0, 0.1], dtype=torch.float64), started)  # fmt: skip
         if alike:
             rates = Rates(
                 *(values[4].expand(SLOTS).clone() for values in (rates.rate, rates.ratio, rates.decay, rates.steps))
             )
         reference_adamw(copies, rates, clips, states)
         norms = norms_by_slot(lines, SLOTS)
-        clip_(lines, norms, torch.tensor([clips.get(slot, 0.0) for slot in range(SLOTS)]).double())
+        clip_(lines, norms, torch.tensor([clips.get(slot, 0.0) for slot in range(SLOTS)], dtype=torch.float64))
         move_(lines, rates)
     for item, copy in zip(lines, copies, strict=True):
         assert_close(item.value, copy.value, torch.float64 if dtype == torch.float64 else "steps", item.part)
