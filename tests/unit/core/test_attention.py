@@ -46,6 +46,8 @@ def masks(S: int) -> dict[str, dict[str, Any]]:
     padding[0, S - 2 :] = True
     causal = torch.ones(L, S, dtype=torch.bool).triu(1)
     minus = torch.zeros(L, S, dtype=torch.float64).masked_fill(causal, float("-inf"))
+    by_head = torch.rand(N * H, L, S) > 0.7
+    by_head[..., 0] = False  # a query that sees no key is NaN in PyTorch too
     return {
         "none": {},
         "padding": {"key_padding_mask": padding},
@@ -53,7 +55,7 @@ def masks(S: int) -> dict[str, dict[str, Any]]:
         "bool": {"attn_mask": causal},
         "float": {"attn_mask": minus},
         "any float": {"attn_mask": torch.randn(L, S, dtype=torch.float64)},
-        "by head": {"attn_mask": torch.rand(N * H, L, S) > 0.7},
+        "by head": {"attn_mask": by_head},
         "by head, float": {"attn_mask": torch.randn(N * H, L, S, dtype=torch.float64)},
         "both": {"attn_mask": causal, "key_padding_mask": padding},
         "both, float": {"attn_mask": minus, "key_padding_mask": padding.double().mul(-2)},
