@@ -233,7 +233,7 @@ def train(
             loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
-    of_weft, of_peft = torch.tensor(losses, dtype=torch.float64).view(-1, 2).unbind(1)  # a float32 tensor would round them
+    of_weft, of_peft = torch.tensor(losses, dtype=torch.float64).view(-1, 2).unbind(1)  # float32 would round them
     assert_close(of_weft, of_peft, of_losses, "losses")
     assert sum(losses[-10:]) < sum(losses[:10]), "it learns"
     for key, parameter in bank.named_parameters("a"):
