@@ -15,7 +15,17 @@ from weft.train.training import one_recipe
 
 __all__ = ["SHARED", "check_shared", "recipes_for"]
 
-SHARED = ("dtype", "mixed_precision", "gradient_checkpointing", "reentrant", "compile", "device")
+SHARED = (
+    "dtype",
+    "mixed_precision",
+    "gradient_checkpointing",
+    "reentrant",
+    "quantize",
+    "offload",
+    "loss_chunk",
+    "compile",
+    "device",
+)
 """Fields of a recipe that are about the base."""
 
 

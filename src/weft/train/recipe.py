@@ -17,6 +17,7 @@ from typing import Any
 
 from weft.errors import RecipeError, SpecError, did_you_mean
 from weft.spec import LoraSpec
+from weft.train.measures import OFFLOADED, QUANTIZED, RECOMPUTED, check_measures
 from weft.train.yaml12 import dump, parse, parse_file
 
 __all__ = ["BATCHING", "KINDS", "METRICS", "PRECISIONS", "SCHEDULES", "Recipe"]
@@ -71,7 +72,13 @@ class Recipe:
         seed: of initialisation, order of the data and dropout.
         mixed_precision: one of `PRECISIONS`; ``"auto"``: bf16 on a GPU that has it, else none.
         dtype: of the base's weights: ``"auto"`` (as stored), ``"float32"``, ``"bfloat16"``, ``"float16"``.
-        gradient_checkpointing: recompute activations in the backward; `reentrant` selects torch's older kind.
+        gradient_checkpointing: recompute activations in the backward: true in every layer, a number in so many layers,
+            ``"selective"`` all but the products; `reentrant` selects torch's older kind, for true alone.
+        quantize: hold the linear layers of the base in ``"int8"`` or ``"nf4"`` (bitsandbytes); factors stay wide.
+        offload: keep off the accelerator what is not in use: ``"base"`` the weights of the layers, ``"activations"`` what
+            the backward needs again.
+        loss_chunk: tokens whose logits exist at a time; None: all of a batch. For large vocabularies.
+        freeze_below: adapt no layer under this number, so that the backward ends there.
         compile: `torch.compile` the model.
         workers: processes that prepare batches; 0: the training process does.
         device: ``"auto"`` or ``"cpu"``.
@@ -117,8 +124,12 @@ class Recipe:
     seed: int = 0
     mixed_precision: str = "auto"
     dtype: str = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | int | str = False
     reentrant: bool = False
+    quantize: str | None = None
+    offload: tuple[str, ...] = ()
+    loss_chunk: int | None = None
+    freeze_below: int | None = None
     compile: bool = False
     workers: int = 0
     device: str = "auto"
@@ -128,11 +139,12 @@ class Recipe:
         return hash(repr(self.to_dict()))
 
     def __post_init__(self) -> None:
-        given: dict[str, Any] = {"report_to": self.report_to, "spec": self.spec}
-        if isinstance(given["report_to"], str):
-            object.__setattr__(self, "report_to", (given["report_to"],))
-        elif isinstance(given["report_to"], list):
-            object.__setattr__(self, "report_to", tuple(given["report_to"]))
+        given: dict[str, Any] = {"report_to": self.report_to, "offload": self.offload, "spec": self.spec}
+        for name in ("report_to", "offload"):
+            if isinstance(given[name], str):
+                object.__setattr__(self, name, (given[name],))
+            elif isinstance(given[name], list):
+                object.__setattr__(self, name, tuple(given[name]))
         if isinstance(given["spec"], Mapping):
             object.__setattr__(self, "spec", _spec(given["spec"]))
         for name, (holds, expected) in _RULES.items():
@@ -180,7 +192,7 @@ class Recipe:
         """Plain data; the spec as a section of its own."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["spec"] = self.spec.to_dict() if self.spec is not None else None
-        values["report_to"] = list(self.report_to)
+        values["report_to"], values["offload"] = list(self.report_to), list(self.offload)
         values["columns"] = dict(self.columns) if self.columns is not None else None
         return values
 
@@ -282,10 +294,19 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def _some_of(names: Iterable[str]) -> Callable[[Any], bool]:
+    known = tuple(names)
+    return lambda value: isinstance(value, tuple) and all(item in known for item in value)
+
+
+def _is_recomputation(value: Any) -> bool:
+    return _is_bool(value) or _whole(1)(value) or _one_of(RECOMPUTED)(value)
+
+
 _MAPPINGS = ("rank_pattern", "alpha_pattern", "columns")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _ALLOWED = {"kind": KINDS, "schedule": SCHEDULES, "batching": BATCHING, "mixed_precision": PRECISIONS, "dtype": _DTYPES,
-            "device": ("auto", "cpu"), "metric": tuple(METRICS)}  # fmt: skip
+            "device": ("auto", "cpu"), "metric": tuple(METRICS), "quantize": QUANTIZED, "gradient_checkpointing": RECOMPUTED}  # fmt: skip
 _POSITIVE, _COUNT = "a number above 0", "a whole number of at least 1"
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "spec": (_or_none(lambda value: isinstance(value, LoraSpec)), "a LoraSpec, or a section with its fields"),
@@ -312,13 +333,17 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "save_every": (_or_none(_whole(1)), _COUNT),
     "keep": (_whole(1), _COUNT),
     "best": (_is_bool, "true or false"),
+    "quantize": (_or_none(_one_of(QUANTIZED)), f"one of {', '.join(QUANTIZED)}, or null"),
     "metric": (_or_none(_one_of(METRICS)), f"a metric that a training reports: {', '.join(METRICS)}"),
     "patience": (_or_none(_whole(0)), "a whole number of at least 0"),
     "seed": (_whole(0), "a whole number of at least 0"),
-    "gradient_checkpointing": (_is_bool, "true or false"),
+    "gradient_checkpointing": (_is_recomputation, f"true, false, a number of layers, or {RECOMPUTED[0]!r}"),
     "reentrant": (_is_bool, "true or false"),
     "compile": (_is_bool, "true or false"),
     "workers": (_whole(0), "a whole number of at least 0"),
+    "offload": (_some_of(OFFLOADED), f"a list out of {', '.join(OFFLOADED)}"),
+    "loss_chunk": (_or_none(_whole(1)), _COUNT + " of tokens"),
+    "freeze_below": (_or_none(_whole(1)), _COUNT + ", of a layer"),
     "report_to": (lambda value: isinstance(value, tuple) and all(isinstance(item, str) and item for item in value), "a list of names"),
 }  # fmt: skip
 for _name, _names in _ALLOWED.items():
@@ -375,7 +400,4 @@ def _check_contradictions(recipe: Recipe) -> None:
         raise RecipeError(
             "batching='packed' puts several examples in a row, and classification has one label a row; use 'length'"
         )
-    if recipe.reentrant and not recipe.gradient_checkpointing:
-        raise RecipeError(
-            "reentrant=true selects a kind of gradient checkpointing, which is off; set gradient_checkpointing=true"
-        )
+    check_measures(recipe)
