@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from weft.core.dropout import own_stream
 from weft.core.joint import stream
 from weft.core.routes import Route
 from weft.core.slots import State
@@ -57,9 +58,7 @@ def by_parts(
             -1
         )
         mine = rows.index_select(0, index)
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(stream(seed, path))
+        with own_stream(None if seed is None else stream(seed, path)):
             found.append(_mixture(mine, terms[part] if part >= 0 else (), single, base))
         order.append(index)
     out = torch.cat(found).index_select(0, torch.cat(order).argsort())

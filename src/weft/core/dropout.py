@@ -8,18 +8,39 @@ so that gradient checkpointing draws the same mask again.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["SPARSE_BELOW", "draw", "draw_rows", "drop", "drop_"]
+__all__ = ["SPARSE_BELOW", "draw", "draw_rows", "drop", "drop_", "own_stream"]
 
 SPARSE_BELOW = 0.13
 """Below this probability positions are smaller than bytes, and cheaper to draw. CPU only: a GPU draws bytes faster."""
 
 _LONGEST = 2.0**30  # of a gap: a tiny probability would leave int32
+
+
+@contextlib.contextmanager
+def own_stream(seed: int | None) -> Iterator[None]:
+    """Draw from a stream of one's own; afterwards torch's generators are where they were. None: draw from theirs.
+
+    Seeds what draws here, and not, as `torch.manual_seed` does, also devices that are not in use: for those it keeps a stack
+    trace, which costs more than a small step of training.
+    """
+    if seed is None:
+        yield
+        return
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
+        if torch.backends.mps.is_available():
+            torch.mps.manual_seed(seed)
+        yield
 
 
 def draw(like: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from weft.adapter import Adapter, Provenance
 from weft.core.bank import Bank
+from weft.core.dropout import own_stream
 from weft.data import Collator, collator
 from weft.many.adamw import BETAS, EPSILON
 from weft.many.losses import find_head, head_losses, model_losses
 from weft.many.pieces import OVERHEAD, Piece, compose
 from weft.spec import LoraSpec
 from weft.train.scoring import by_row, keeps_logits, losses, wanted_positions
-from weft.train.streams import own_stream
 from weft.train.trainer import rate_and_decay
 
 __all__ = ["Apart", "Engine", "Measured", "Move", "Settings"]

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from weft.adapter import Adapter
+from weft.core.dropout import own_stream
 from weft.errors import BaseError, DataError, RecipeError
 from weft.train.opening import BaseLike, Opened, opened, trained_format
 
@@ -168,7 +169,7 @@ def continue_tokens(
     config = _generation_config(model, tokenizer, sampling)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers: list[list[int]] = [[] for _ in prompts]
-    with _seeded(sampling.seed):
+    with own_stream(sampling.seed):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             width = max(len(prompts[index]) for index in chosen)
@@ -211,7 +212,7 @@ def _pieces(model: nn.Module, tokenizer: Any, tokens: list[int], sampling: Sampl
 
     def work() -> None:
         try:
-            with _seeded(sampling.seed), _eval(model):
+            with own_stream(sampling.seed), _eval(model):
                 model.generate(  # type: ignore[operator]
                     input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config,
                     streamer=Hand(tokenizer, skip_prompt=True, skip_special_tokens=True),
@@ -283,14 +284,3 @@ def _eval(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """A draw that can be repeated, and leaves torch's generator as it was."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

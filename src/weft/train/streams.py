@@ -1,18 +1,14 @@
 """Random streams that belong to an adapter: what is drawn in a step depends on seed and step, and on nothing else.
 
 So a resumed run draws what it would have drawn, an evaluation in between changes nothing, and an adapter that is trained
-beside others draws what it draws alone. This module does not know models.
+beside others draws what it draws alone (`weft.core.dropout.own_stream` draws from them). This module does not know models.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator
 
-import torch
-
-__all__ = ["own_stream", "stream_seed"]
+__all__ = ["stream_seed"]
 
 
 def stream_seed(seed: int, step: int, micro: int = 0, process: int = 0, row: int | None = None) -> int:
@@ -28,12 +24,3 @@ def stream_seed(seed: int, step: int, micro: int = 0, process: int = 0, row: int
     text = f"{seed}/{step}/{micro}/{process}" if row is None else f"{seed}/{step}/{micro}/{process}/{row}"
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-@contextlib.contextmanager
-def own_stream(seed: int) -> Iterator[None]:
-    """Draw from a stream of one's own; afterwards torch's generators are where they were."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

@@ -22,12 +22,13 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput
 
 from weft.core.bank import Bank
+from weft.core.dropout import own_stream
 from weft.errors import NotFiniteError, RunError
 from weft.train import checkpoints
 from weft.train.schedule import Schedule
 from weft.train.scoring import Score, keeps_logits, losses, wanted_positions
 from weft.train.sharding import whole_parameters
-from weft.train.streams import own_stream, stream_seed
+from weft.train.streams import stream_seed
 
 __all__ = ["AdapterTrainer", "Setup", "parameter_groups", "rate_and_decay"]
 
