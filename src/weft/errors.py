@@ -14,6 +14,7 @@
     ├── MergeError           an update that can't be written into a plain model
     ├── MixError             adapters that can't be mixed as asked                           (also a ValueError)
     ├── DataError            examples that can't be read or that have no recognised shape
+    │   └── ImageError       an image that can't be found, opened or decoded
     ├── RecipeError          an unknown key, a wrong type or a contradiction in a recipe     (also a ValueError)
     ├── RunError             a run folder that can't be used as asked
     │   └── RunStoppedError  a training that was asked to stop; it can go on
@@ -39,6 +40,7 @@ __all__ = [
     "DamagedError",
     "DataError",
     "FormatError",
+    "ImageError",
     "KeysError",
     "MergeError",
     "MissingDependencyError",
@@ -125,6 +127,10 @@ class MixError(WeftError, ValueError):
 
 class DataError(WeftError):
     """Examples that can't be read, or that have no recognised shape."""
+
+
+class ImageError(DataError):
+    """An image that can't be found, opened or decoded."""
 
 
 class RecipeError(WeftError, ValueError):

@@ -59,6 +59,12 @@ Generation::
     encode_prompts(prompts, tokenizer, *, max_length, separator="", chat_template=None) -> list[list[int]]
         exactly the tokens that precede the completion in training; too long: cut from the left
 
+Images::
+
+    read_image(source, *, root=None, max_pixels=MAX_PIXELS) -> Opened: .image (RGB, upright) .remarks; open_image: .image alone
+        source: a path (inside of `root`), bytes, {"bytes", "path"}, or an image of Pillow; anything wrong: ImageError
+    ImageTransform(size, mean, std, augment=(), fit="crop", resample="bilinear")(image, seed=None) -> (3, H, W) float32
+
 Every refusal is a `weft.errors.DataError` that names the file, the line and the way out. transformers, datasets,
 pyarrow and torch are imported when they are needed. This package does not know models, adapters or training.
 """
@@ -70,10 +76,12 @@ from weft.data.batches import Collator, LengthGroupedSampler, collator, padding_
 from weft.data.encode import encode
 from weft.data.encoded import IGNORED, Encoded
 from weft.data.examples import Examples, Overlap, load_examples, overlap
+from weft.data.images import open_image, read_image
 from weft.data.kinds import KINDS
 from weft.data.packing import pack, require_packing
 from weft.data.prompts import Prompt, encode_prompts, prompts
 from weft.data.sources import Table, read_table
+from weft.data.transforms import ImageTransform
 
 __all__ = [
     "IGNORED",
@@ -82,6 +90,7 @@ __all__ = [
     "Collator",
     "Encoded",
     "Examples",
+    "ImageTransform",
     "LengthGroupedSampler",
     "Overlap",
     "Prompt",
@@ -91,10 +100,12 @@ __all__ = [
     "encode",
     "encode_prompts",
     "load_examples",
+    "open_image",
     "overlap",
     "pack",
     "padding_share",
     "prompts",
+    "read_image",
     "read_table",
     "require_packing",
 ]
