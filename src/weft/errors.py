@@ -16,6 +16,7 @@
     ├── DataError            examples that can't be read or that have no recognised shape
     │   └── ImageError       an image that can't be found, opened or decoded
     ├── RecipeError          an unknown key, a wrong type or a contradiction in a recipe     (also a ValueError)
+    ├── PlanError            a budget, size or question that a plan can't read or meet       (also a ValueError)
     ├── RunError             a run folder that can't be used as asked
     │   └── RunStoppedError  a training that was asked to stop; it can go on
     ├── StoreError           a store, a name or a version that can't be used as asked
@@ -47,6 +48,7 @@ __all__ = [
     "MixError",
     "NotFiniteError",
     "NotInStoreError",
+    "PlanError",
     "RecipeError",
     "RequirementError",
     "RunError",
@@ -135,6 +137,10 @@ class ImageError(DataError):
 
 class RecipeError(WeftError, ValueError):
     """An unknown key, a wrong type or a contradiction in a recipe."""
+
+
+class PlanError(WeftError, ValueError):
+    """A budget or size that can't be read, or that can't be met; or a question that a plan can't answer."""
 
 
 class RunError(WeftError):

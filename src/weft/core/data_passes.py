@@ -19,7 +19,7 @@ from weft.core.decompose import PrincipalAxes
 from weft.core.site import Site
 from weft.errors import NotFiniteError, SpecError
 
-__all__ = ["collect_activations", "collect_gradients", "undisturbed"]
+__all__ = ["call_model", "collect_activations", "collect_gradients", "loss_of", "undisturbed"]
 
 _IGNORED = -100
 
@@ -68,7 +68,7 @@ def collect_activations(
                 hooks.callback(handle.remove)
             for batch in batches:
                 watch.masks, watch.last = _masks(model, batch), None
-                _call(model, batch)
+                call_model(model, batch)
         wrong = watch.not_shared()
         if not wrong:
             break
@@ -254,7 +254,7 @@ def _summed(model: nn.Module, group: list[Site], batches: list[Any]) -> dict[int
             handle = weight.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
             hooks.callback(handle.remove)
         for batch in batches:
-            loss = _loss(_call(model, batch))
+            loss = loss_of(call_model(model, batch))
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
     for site in group:
@@ -266,8 +266,8 @@ def _summed(model: nn.Module, group: list[Site], batches: list[Any]) -> dict[int
     return sums
 
 
-def _call(model: nn.Module, batch: Any) -> Any:
-    """The model on one batch, moved to its device."""
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """The model on one batch, a mapping or arguments in order, moved to its device."""
     device = next(
         (parameter.device for parameter in model.parameters() if parameter.device.type != "meta"), torch.device("cpu")
     )
@@ -280,13 +280,20 @@ def _call(model: nn.Module, batch: Any) -> Any:
     return model(*(move(value) for value in batch)) if isinstance(batch, tuple | list) else model(move(batch))
 
 
-def _loss(output: Any) -> Tensor:
+def loss_of(output: Any, asker: str = "init='lora_ga'") -> Tensor:
+    """The loss in a model's output, one number.
+
+    Args:
+        output: has a loss (``output.loss``, ``output["loss"]``), or is one number.
+        asker: who needs it, for messages.
+
+    Raises:
+        SpecError: no loss. NotFiniteError: a loss that is NaN or infinite.
+    """
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
     found = found[0] if isinstance(found, tuple | list) and found else found
     if not isinstance(found, Tensor) or found.numel() != 1:
-        raise SpecError("init='lora_ga' needs a loss, and the model's output has none: give batches with 'labels'")
+        raise SpecError(f"{asker} needs a loss, and the model's output has none: give batches with 'labels'")
     if not bool(torch.isfinite(found)):
-        raise NotFiniteError(
-            f"init='lora_ga': the loss of a batch is {float(found.detach())}; expected a finite number"
-        )
+        raise NotFiniteError(f"{asker}: the loss of a batch is {float(found.detach())}; expected a finite number")
     return found.reshape(())

@@ -1,0 +1,1 @@
+"""Answers before anything is trained: which rank, where, and which learning rate."""
