@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from weft.core.factors import Factors
-from weft.errors import NotFiniteError, TargetError, did_you_mean
+from weft.errors import BaseMismatchError, NotFiniteError, SpecError, TargetError, did_you_mean
 from weft.identity import Fingerprint, digest_of
 from weft.spec import LoraSpec
 
@@ -39,6 +39,7 @@ class Provenance:
         evaluation: metrics by name, e.g. ``{"eval_loss": 1.83}``.
         notes: what a reader of the file had to say (unknown fields, keys that were mapped).
         mixture: of an adapter that was mixed or shrunk: method, settings, and the error by site.
+        towers: fingerprints of the parts of the base, where the spec is one by part.
     """
 
     base: Fingerprint | None = None
@@ -51,11 +52,13 @@ class Provenance:
     created: str | None = None
     notes: tuple[str, ...] = ()
     mixture: Mapping[str, Any] | None = None
+    towers: Mapping[str, Fingerprint] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["base"] = self.base.to_dict() if self.base else None
+        values["towers"] = {name: part.to_dict() for name, part in self.towers.items()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
@@ -64,6 +67,7 @@ class Provenance:
         known = {item.name: values[item.name] for item in dataclasses.fields(cls) if item.name in values}
         base = known.get("base")
         known["base"] = Fingerprint.from_dict(base) if base else None
+        known["towers"] = {name: Fingerprint.from_dict(part) for name, part in (known.get("towers") or {}).items()}
         for name in ("data", "parents", "notes"):
             known[name] = tuple(known.get(name) or ())
         return cls(**known)
@@ -152,6 +156,78 @@ class Adapter:
             )
         return self.factors[site].delta()
 
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """Parts of the base that have a spec each, see `LoraSpec.towers`; empty where there is one spec."""
+        return tuple(self.spec.towers)
+
+    def tower(self, name: str) -> Adapter:
+        """What this adapter does to one part of the base: an adapter for that part alone, with its paths.
+
+        Raises:
+            TargetError: there is no such tower; names near ones.
+        """
+        if name not in self.spec.towers:
+            there = f"It has {', '.join(self.towers)}" if self.towers else "Its spec is one for the whole base"
+            raise TargetError(f"this adapter has no tower {name!r}.{did_you_mean(str(name), self.towers)} {there}")
+        came = dataclasses.replace(
+            self.provenance, base=self.provenance.towers.get(name), towers={}, evaluation={}, mixture=None
+        )
+        part = [_inside(name, values) for values in (self.factors, self.modules, self.biases)]
+        return Adapter(self.spec.towers[name], part[0], part[1], part[2], came)
+
+    def with_tower(self, name: str, part: Adapter) -> Adapter:
+        """This adapter with another adapter in the place of one tower's: a mixed one, a shrunk one, one trained alone.
+
+        Args:
+            name: of the tower; a new one is added.
+            part: an adapter of that part of the base.
+
+        Raises:
+            SpecError: towers that stand in each other. BaseMismatchError: ``part`` is for another base than the tower's.
+        """
+        known, here = self.provenance.towers.get(name), part.provenance.base
+        if known is not None and here is not None and known.layout != here.layout:
+            raise BaseMismatchError(
+                f"tower {name!r} is a {known.architecture}, and the part is for another base: {'; '.join(here.differences(known))}"
+            )
+        if self.factors and not self.spec.towers:
+            raise SpecError(
+                "with_tower: this adapter has one spec for the whole base; join towers with Adapter.of_towers"
+            )
+        spec = self.spec if self.spec.towers else LoraSpec(save_modules=self.spec.save_modules)
+        towers = {**spec.towers, name: part.spec}
+        whole = [_outside(name, values) for values in (self.factors, self.modules, self.biases)]
+        mine = [_as_inside(name, values) for values in (part.factors, part.modules, part.biases)]
+        bases = {**self.provenance.towers, **({name: here} if here else {})}
+        came = dataclasses.replace(self.provenance, towers=bases, evaluation={})
+        return Adapter(spec.replace(towers=towers), whole[0] | mine[0], whole[1] | mine[1], whole[2] | mine[2], came)
+
+    @classmethod
+    def of_towers(cls, parts: Mapping[str, Adapter], rest: Adapter | None = None) -> Adapter:
+        """One adapter of several parts of a base.
+
+        Args:
+            parts: an adapter by the path of its part.
+            rest: what else belongs to it: an adapter of the whole whose modules outside of the parts, and whose provenance, are taken.
+
+        Raises:
+            SpecError: no part; parts that stand in each other.
+
+        Example:
+            >>> halves = {name: weft.shrink(both.tower(name), rank=4) for name in both.towers}  # doctest: +SKIP
+            >>> small = weft.Adapter.of_towers(halves, both)  # doctest: +SKIP
+        """
+        if not parts:
+            raise SpecError("Adapter.of_towers: got no part; expected a mapping of parts of the base to adapters")
+        outer = {} if rest is None else {p: m for p, m in rest.modules.items() if rest.spec.tower_of(p) is None}
+        came = Provenance() if rest is None else dataclasses.replace(rest.provenance, evaluation={})
+        spec = LoraSpec(towers={name: part.spec for name, part in parts.items()}, save_modules=tuple(outer))
+        joined = cls(spec, {}, outer, {}, came)
+        for name, part in parts.items():
+            joined = joined.with_tower(name, part)
+        return joined
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Adapter:
         """A copy with ``change(tensor)`` in the place of every tensor, e.g. ``adapter.map(lambda t: t.half())``."""
         return dataclasses.replace(
@@ -195,3 +271,16 @@ class Adapter:
         from weft.formats.peft import write  # the one upward import: a value that can save itself
 
         return write(self, directory, overwrite=overwrite, for_peft=for_peft)
+
+
+def _inside(tower: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is in a tower, by its paths there."""
+    return {path[len(tower) + 1 :]: value for path, value in values.items() if path.startswith(f"{tower}.")}
+
+
+def _outside(tower: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: value for path, value in values.items() if not path.startswith(f"{tower}.")}
+
+
+def _as_inside(tower: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{tower}.{path}": value for path, value in values.items()}

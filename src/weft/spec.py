@@ -17,10 +17,11 @@ from typing import Any
 
 from weft.errors import SpecError, did_you_mean
 
-__all__ = ["BIASES", "INITS", "LoraSpec"]
+__all__ = ["BATCH_NORMS", "BIASES", "INITS", "LoraSpec"]
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga")
 BIASES = ("none", "all", "lora_only")
+BATCH_NORMS = ("frozen", "adapted", "saved")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class LoraSpec:
         fan_in_fan_out: weights are stored as (d_in, d_out). None: recognised by the layer's class.
         init: one of `INITS`; ``"pissa_niter_8"`` selects PiSSA's fast randomised decomposition.
         save_modules: names or suffixes of modules that are trained whole and saved with the adapter (a head).
+        batch_norm: what becomes of normalisations with running statistics. ``"frozen"``: the base's statistics, in training too;
+            ``"adapted"``: the adapter has statistics of its own, which follow its data; ``"saved"``: weights and biases of these
+            layers are trained as well. The last two are saved with the adapter, like `save_modules`.
+        towers: a spec by part of the model: ``{"text_model": LoraSpec(...), "vision_model": LoraSpec(...)}``. Its paths and
+            patterns count from that part. Beside it only `save_modules` may be set, for what stands outside of the parts.
 
     Raises:
         SpecError: a value of the wrong type or out of range; names the field, what it got and what is allowed.
@@ -79,6 +85,8 @@ class LoraSpec:
     fan_in_fan_out: bool | None = None
     init: str = "kaiming"
     save_modules: tuple[str, ...] = ()
+    batch_norm: str = "frozen"
+    towers: Mapping[str, LoraSpec] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("targets", "exclude"):
@@ -93,12 +101,15 @@ class LoraSpec:
             if not isinstance(value, Mapping):
                 raise SpecError(f"LoraSpec.{name}: got {value!r}; expected a mapping of patterns to numbers")
             object.__setattr__(self, name, dict(value))
+        object.__setattr__(self, "towers", _towers(self.towers))
         if self.alpha is None and _is_rank(self.rank):
             object.__setattr__(self, "alpha", float(self.rank))
         _check(self)
         for name in ("alpha", "dropout"):  # 16 and 16.0 are one spec, also in files and digests
             object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "alpha_pattern", {key: float(value) for key, value in self.alpha_pattern.items()})
+        if self.towers:
+            _check_towers(self)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LoraSpec) and repr(self) == repr(
@@ -108,12 +119,31 @@ class LoraSpec:
     def __hash__(self) -> int:
         return hash(repr(self))
 
+    def tower_of(self, path: str) -> str | None:
+        """The tower that a path is in; None outside of all, and where there are none."""
+        return next((name for name in self.towers if path == name or path.startswith(f"{name}.")), None)
+
+    def at(self, path: str) -> LoraSpec:
+        """The spec that counts at ``path``: its tower's, or this one."""
+        tower = self.tower_of(path)
+        return self if tower is None else self.towers[tower]
+
+    def everywhere(self) -> tuple[LoraSpec, ...]:
+        """The specs of all towers, or this one."""
+        return tuple(self.towers.values()) or (self,)
+
     def rank_at(self, path: str) -> int:
         """Rank of the site at ``path``."""
+        tower = self.tower_of(path)
+        if tower is not None:
+            return self.towers[tower].rank_at(path[len(tower) + 1 :])
         return int(_first_match(self.rank_pattern, path, self.rank))
 
     def alpha_at(self, path: str) -> float:
         """Alpha of the site at ``path``."""
+        tower = self.tower_of(path)
+        if tower is not None:
+            return self.towers[tower].alpha_at(path[len(tower) + 1 :])
         return float(_first_match(self.alpha_pattern, path, self.alpha or self.rank))
 
     def scale_at(self, path: str, rank: int | None = None) -> float:
@@ -124,7 +154,7 @@ class LoraSpec:
             rank: the site's real rank where it is not the pattern's (after EVA's redistribution).
         """
         rank = self.rank_at(path) if rank is None else rank
-        return self.alpha_at(path) / (math.sqrt(rank) if self.rslora else rank)
+        return self.alpha_at(path) / (math.sqrt(rank) if self.at(path).rslora else rank)
 
     def replace(self, **changes: Any) -> LoraSpec:
         """A copy with some fields changed. An unknown field raises SpecError."""
@@ -133,12 +163,16 @@ class LoraSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain data (lists, dicts, numbers, text), ready for JSON and YAML."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        values["towers"] = {name: tower.to_dict() for name, tower in self.towers.items()}
         return {name: list(value) if isinstance(value, tuple) else _plain(value) for name, value in values.items()}
 
     def changes(self) -> dict[str, Any]:
         """The fields that differ from the defaults, as plain data."""
         defaults = LoraSpec().to_dict()
-        return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+        changed = {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+        if self.towers:
+            changed["towers"] = {name: tower.changes() for name, tower in self.towers.items()}
+        return changed
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraSpec:
@@ -154,6 +188,35 @@ class LoraSpec:
                     f"LoraSpec has no field {name!r}.{did_you_mean(str(name), known)} Fields: {', '.join(known)}"
                 )
         return cls(**values)
+
+
+def _towers(value: Any) -> dict[str, LoraSpec]:
+    if not isinstance(value, Mapping):
+        raise SpecError(f"LoraSpec.towers: got {value!r}; expected a mapping of parts of the model to specs")
+    found = {}
+    for name, spec in value.items():
+        if not isinstance(name, str) or not name or not all(name.split(".")):
+            raise SpecError(f"LoraSpec.towers: got the name {name!r}; expected the path of a part of the model")
+        if not isinstance(spec, LoraSpec | Mapping):
+            raise SpecError(f"LoraSpec.towers[{name!r}]: got {spec!r}; expected a LoraSpec")
+        found[name] = spec if isinstance(spec, LoraSpec) else LoraSpec.from_dict(spec)
+        if found[name].towers:
+            raise SpecError(f"LoraSpec.towers[{name!r}] has towers itself; name the inner parts by their whole paths")
+    return found
+
+
+def _check_towers(spec: LoraSpec) -> None:
+    """What is said by tower can't be said for all as well."""
+    odd = [name for name in spec.changes() if name not in ("towers", "save_modules")]
+    if odd:
+        raise SpecError(
+            f"LoraSpec.{odd[0]} stands beside towers={list(spec.towers)}; say it in the spec of each tower: beside them only "
+            "save_modules is read"
+        )
+    for name in spec.towers:
+        inside = next((other for other in spec.towers if other.startswith(f"{name}.")), None)
+        if inside is not None:
+            raise SpecError(f"LoraSpec.towers: {inside!r} is a part of {name!r}; towers can't stand in each other")
 
 
 def _indices(value: Any) -> tuple[int, ...]:
@@ -211,9 +274,10 @@ def _check(spec: LoraSpec) -> None:
     rules: tuple[tuple[str, Any, bool, str], ...] = (
         ("rank", spec.rank, _is_rank(spec.rank), "a whole number of at least 1"),
         ("alpha", spec.alpha, _is_number(spec.alpha) and spec.alpha != 0, "a finite number other than 0"),
-        ("targets", spec.targets, len(spec.targets) > 0 or bool(spec.target_parameters), "at least one name"),
+        ("targets", spec.targets, len(spec.targets) > 0 or bool(spec.target_parameters or spec.save_modules), "at least one name"),
         ("dropout", spec.dropout, _is_number(spec.dropout) and 0 <= spec.dropout < 1, "a number in [0, 1)"),
         ("bias", spec.bias, spec.bias in BIASES, f"one of {BIASES}"),
+        ("batch_norm", spec.batch_norm, spec.batch_norm in BATCH_NORMS, f"one of {BATCH_NORMS}"),
         ("init", spec.init, bool(init_ok), f"one of {INITS} or 'pissa_niter_N'"),
         ("fan_in_fan_out", spec.fan_in_fan_out, spec.fan_in_fan_out is None or isinstance(spec.fan_in_fan_out, bool),
          "True, False or None"),

@@ -20,6 +20,7 @@ FULL: dict[str, Any] = {
     "rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"], "target_parameters": ["experts.gate_up_proj"], "exclude": ["lm_head"],
     "layers": [0, 2], "layers_pattern": "layers", "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 1.0}, "rslora": True,
     "dora": True, "dropout": 0.1, "bias": "all", "lora_bias": True, "fan_in_fan_out": False, "init": "pissa", "save_modules": ["head"],
+    "batch_norm": "saved", "towers": {},
 }  # fmt: skip
 
 

@@ -44,22 +44,50 @@ def assembled(
 def _spec(
     live: Sequence[Parent], factors: Mapping[str, Factors], modules: Mapping[str, Any], biases: Mapping[str, Tensor]
 ) -> LoraSpec:
+    towers = tuple(live[0].adapter.spec.towers)
+    if towers and all(set(parent.adapter.spec.towers) == set(towers) for parent in live):
+        return _spec_by_tower(live, towers, factors, modules, biases)
+    return _one_spec([parent.adapter.spec for parent in live], factors, tuple(modules), bool(biases))
+
+
+def _spec_by_tower(
+    live: Sequence[Parent],
+    towers: Sequence[str],
+    factors: Mapping[str, Factors],
+    modules: Mapping[str, Any],
+    biases: Mapping[str, Tensor],
+) -> LoraSpec:
+    """Towers stay towers where all parents have the same ones."""
+    specs = {}
+    for name in towers:
+        inner: list[dict[str, Any]] = [
+            {path[len(name) + 1 :]: value for path, value in values.items() if path.startswith(f"{name}.")}
+            for values in (factors, modules, biases)
+        ]
+        specs[name] = _one_spec([p.adapter.spec.towers[name] for p in live], inner[0], tuple(inner[1]), bool(inner[2]))
+    outer = tuple(path for path in modules if not any(path.startswith(f"{name}.") for name in towers))
+    return LoraSpec(towers=specs, save_modules=outer)
+
+
+def _one_spec(
+    specs: Sequence[LoraSpec], factors: Mapping[str, Factors], modules: tuple[str, ...], biased: bool
+) -> LoraSpec:
     bare = tuple(path for path, item in factors.items() if item.kind == "parameter")
     ranks = [item.rank for item in factors.values()]
     rank = max(set(ranks), key=ranks.count) if ranks else 1
-    specs = [parent.adapter.spec for parent in live]
+    specs = [part for spec in specs for part in spec.everywhere()]
     orders = {spec.fan_in_fan_out for spec in specs}
     places = tuple(path for path in factors if path not in bare)
     spec = LoraSpec(
         rank=rank,
         alpha=float(rank),
-        targets=places or (() if bare else specs[0].targets),
+        targets=places or (() if bare or modules else specs[0].targets),
         target_parameters=bare,
         dora=any(item.magnitude is not None for item in factors.values()),
         lora_bias=any(item.bias is not None for item in factors.values()),
-        bias=next((spec.bias for spec in specs if spec.bias != "none"), "none") if biases else "none",
+        bias=next((spec.bias for spec in specs if spec.bias != "none"), "none") if biased else "none",
         fan_in_fan_out=orders.pop() if len(orders) == 1 else True if True in orders else None,
-        save_modules=tuple(modules),
+        save_modules=modules,
     )
     return spec_of(spec, factors) if factors else spec
 
@@ -82,8 +110,11 @@ def _provenance(job: Job, modules: tuple[str, ...], report: MixReport) -> Proven
     }
     data = {str(sorted(part.items(), key=str)): part for one in came for part in one.data}
     versions = {"python": platform.python_version(), "torch": torch.__version__, "weft": _version()}
+    towers = live[0].adapter.provenance.towers
+    same = all(one.towers.keys() == towers.keys() for one in came)
     return Provenance(
         base=base,
+        towers=towers if same else {},
         base_name=next((one.base_name for one in came if one.base_name), None),
         data=tuple(data.values()),
         recipe=common or None,

@@ -68,4 +68,4 @@ def shrink(
         rows.append(SiteMix(path, factors[path].rank, 1, item.norm(), lost, lost))
     report = MixReport("svd", options.limit, tuple(rows), (_DIRECTION,))
     made = assembled(job, factors, value.modules, value.biases, report)
-    return dataclasses.replace(made, spec=made.spec.replace(bias=value.spec.bias))
+    return made if made.spec.towers else dataclasses.replace(made, spec=made.spec.replace(bias=value.spec.bias))

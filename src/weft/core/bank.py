@@ -18,6 +18,7 @@ from weft.core import loading, routes
 from weft.core.filling import loaded_slot, snapshot, start_slot, to_cpu
 from weft.core.inits import initialise
 from weft.core.members import FlatSites, Layout, Member, flatten
+from weft.core.norms import has_statistics
 from weft.core.parameters import lazy_weight
 from weft.core.placing import Ground, child_key, ends_in_bias, state_of
 from weft.core.pool import Pool
@@ -95,6 +96,7 @@ class Bank:
         self._expected: dict[LoraSpec, frozenset[str]] = {}
         self._layouts: dict[Any, Layout] = {}
         self._fingerprints: dict[tuple[str, ...], Fingerprint] = {}
+        self._part_fingerprints: dict[tuple[str, ...], Fingerprint] = {}
         self._ground.ring.moved = self._follow
         model.__dict__["_weft_bank"] = self
 
@@ -137,12 +139,13 @@ class Bank:
         self.check_new(name)
         found = find_sites(self.model, spec)
         for site in found.sites:
-            loading.check_features(site, dora=spec.dora, dropout=spec.dropout > 0, lora_bias=spec.lora_bias)
+            own = spec.at(site.path)
+            loading.check_features(site, dora=own.dora, dropout=own.dropout > 0, lora_bias=own.lora_bias)
         starts = self.unrouted(
             lambda generator: initialise(found.sites, spec, generator=generator, batches=batches, model=self.model),
             seed,
         )
-        slots = {site.path: start_slot(site, spec, starts[site.path]) for site in found.sites}
+        slots = {site.path: start_slot(site, spec.at(site.path), starts[site.path]) for site in found.sites}
         self.install(Member(name, spec, slots, notes=found.notes), found, None)
 
     def load(
@@ -179,7 +182,7 @@ class Bank:
             return
         loading.check_others_finite(adapter)
         flat = flatten(adapter, layout, self._device(layout.found))
-        member.sites = FlatSites(layout, flat, adapter.spec.dropout)
+        member.sites = FlatSites(layout, flat, adapter.spec)
         self.install(member, layout.found, adapter, False)
 
     def drop(self, name: str) -> None:
@@ -272,7 +275,7 @@ class Bank:
             path: {key: to_cpu(t) for key, t in module.state_dict().items()} for path, module in entry.whole.items()
         }
         came = provenance or entry.provenance or Provenance()
-        came = loading.with_base(came, self._fingerprint(tuple(entry.whole)))
+        came = loading.with_base(came, self._fingerprint(tuple(entry.whole)), self._towers(entry))
         spec = loading.spec_of(entry.spec, factors)
         return Adapter(spec, factors, whole, {path: to_cpu(t) for path, t in entry.biases.items()}, came)
 
@@ -314,6 +317,18 @@ class Bank:
                 f"no adapter {name!r} in this bank.{did_you_mean(str(name), self.names)} There are: {some_names(self.names) or 'none'}"
             )
         return self._members[name]
+
+    def _towers(self, entry: Member) -> dict[str, Fingerprint]:
+        """Fingerprints of the parts of the base that an adapter has specs for, so that a part of it can be used alone."""
+        found = {}
+        for name in entry.spec.towers:
+            without = tuple(path[len(name) + 1 :] for path in entry.whole if path.startswith(f"{name}."))
+            key = (name, *without)
+            if key not in self._part_fingerprints:
+                tower = self.model.get_submodule(name)
+                self._part_fingerprints[key] = fingerprint(tower, loading.base_weights(tower, without))
+            found[name] = self._part_fingerprints[key]
+        return found
 
     def _only_name(self) -> str:
         if len(self._members) != 1:
@@ -383,8 +398,8 @@ class Bank:
         dtype = loading.factor_dtype(self.model)
         slots = {}
         for site, factors in zip(found.sites, adapter.factors.values(), strict=True):
-            loading.check_features(site, dropout=adapter.spec.dropout > 0)
-            slots[site.path] = loaded_slot(site, factors, adapter.spec.dropout, True, dtype)
+            loading.check_features(site, dropout=adapter.spec.at(site.path).dropout > 0)
+            slots[site.path] = loaded_slot(site, factors, adapter.spec.at(site.path).dropout, True, dtype)
         return slots
 
     def _device(self, found: SiteMap) -> torch.device:
@@ -410,6 +425,9 @@ class Bank:
                 member.biases[path] = ground.bias(path, value, key, trainable)
             tensors = None if adapter is None else adapter.modules
             member.whole = ground.whole(name, found.save_modules, tensors, trainable)
+            for path, copy in member.whole.items():
+                if has_statistics(copy) and member.spec.at(path).batch_norm == "adapted":
+                    copy.requires_grad_(False)
             if len(ground.owners) != known:
                 ground.settle()
         except BaseException:

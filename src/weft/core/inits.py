@@ -56,7 +56,30 @@ def initialise(
         NotFiniteError: a weight or a gradient with NaN or infinity.
     """
     sites = tuple(sites)
-    name, _, steps = spec.init.partition("_niter_")
+    towers: dict[str | None, list[Site]] = {}
+    for site in sites:
+        towers.setdefault(spec.tower_of(site.path), []).append(site)
+    if len(towers) > 1 or None not in towers:  # each part of a model has an initialisation of its own
+        rest: dict[str, Any] = {"generator": generator, "batches": batches, "model": model, "dtype": dtype}
+        rest["batches"] = None if batches is None else list(batches)
+        apart = [_initialise(tuple(own), spec, spec.at(own[0].path).init, **rest) for own in towers.values()]
+        found = {path: start for part in apart for path, start in part.items()}
+        return {site.path: found[site.path] for site in sites}
+    return _initialise(sites, spec, spec.init, generator=generator, batches=batches, model=model, dtype=dtype)
+
+
+def _initialise(
+    sites: tuple[Site, ...],
+    spec: LoraSpec,
+    named: str,
+    *,
+    generator: torch.Generator | None,
+    batches: Iterable[Any] | None,
+    model: nn.Module | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Start]:
+    """Sites of one initialisation."""
+    name, _, steps = named.partition("_niter_")
     init = INITIALISERS[name]
     init.check(sites)
     starts = {}

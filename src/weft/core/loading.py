@@ -138,7 +138,7 @@ def locate(nodes: Mapping[str, Node], adapter: Adapter) -> SiteMap:
     for path, factors in adapter.factors.items():
         try:
             bare = factors.kind == "parameter"
-            site = site_at(nodes, path, bare=bare, fan_in_fan_out=adapter.spec.fan_in_fan_out)
+            site = site_at(nodes, path, bare=bare, fan_in_fan_out=adapter.spec.at(path).fan_in_fan_out)
         except TargetError as problem:
             raise KeysError(f"the adapter's site {path!r} is none in this model: {problem}") from None
         if site is None:
@@ -261,9 +261,9 @@ def fill_whole(clone: nn.Module, tensors: Mapping[str, Tensor], path: str) -> No
     clone.load_state_dict(dict(tensors))
 
 
-def with_base(provenance: Provenance, base: Fingerprint) -> Provenance:
-    """Provenance with this base."""
-    return dataclasses.replace(provenance, base=base)
+def with_base(provenance: Provenance, base: Fingerprint, towers: Mapping[str, Fingerprint]) -> Provenance:
+    """Provenance with this base, and its parts where these have specs of their own."""
+    return dataclasses.replace(provenance, base=base, towers=towers)
 
 
 def spec_of(spec: LoraSpec, factors: Mapping[str, Factors]) -> LoraSpec:
@@ -272,6 +272,12 @@ def spec_of(spec: LoraSpec, factors: Mapping[str, Factors]) -> LoraSpec:
     A starting product doubles the ranks, and data-driven initialisations spread them: ranks and alphas are then written down by
     site, and the initialisation, which has been used up, is the plain one.
     """
+    if spec.towers:
+        parts = {
+            name: {path[len(name) + 1 :]: item for path, item in factors.items() if spec.tower_of(path) == name}
+            for name in spec.towers
+        }
+        return spec.replace(towers={name: spec_of(tower, parts[name]) for name, tower in spec.towers.items()})
     if all(
         item.rank == spec.rank_at(path) and _near(item.scale, spec.scale_at(path)) for path, item in factors.items()
     ):

@@ -139,10 +139,10 @@ class Layout:
 class FlatSites(Mapping[str, FixedSlot]):
     """Slots by path, each made when it is asked for."""
 
-    __slots__ = ("dropout", "flat", "layout")
+    __slots__ = ("flat", "layout", "spec")
 
-    def __init__(self, layout: Layout, flat: Tensor, dropout: float) -> None:
-        self.layout, self.flat, self.dropout = layout, flat, dropout
+    def __init__(self, layout: Layout, flat: Tensor, spec: LoraSpec) -> None:
+        self.layout, self.flat, self.spec = layout, flat, spec
 
     def __len__(self) -> int:
         return len(self.layout.pieces)
@@ -157,7 +157,7 @@ class FlatSites(Mapping[str, FixedSlot]):
         piece = self.layout.pieces[path]
         cut = [math.prod(piece.A), math.prod(piece.B), piece.magnitude, piece.bias]
         A, B, magnitude, bias = torch.split(self.flat.narrow(0, piece.at, sum(cut)), cut)
-        slot = FixedSlot(A.view(piece.A), B.view(piece.B), piece.turned, piece.scale, self.dropout)
+        slot = FixedSlot(A.view(piece.A), B.view(piece.B), piece.turned, piece.scale, self.spec.at(path).dropout)
         slot.magnitude = magnitude if piece.magnitude else None
         slot.bias = bias if piece.bias else None
         return slot

@@ -98,11 +98,12 @@ class Pool:
         bank.check_new(name)
         found = find_sites(bank.model, spec)
         for site in found.sites:
-            loading.check_features(site, dora=spec.dora, dropout=spec.dropout > 0, lora_bias=spec.lora_bias)
+            own = spec.at(site.path)
+            loading.check_features(site, dora=own.dora, dropout=own.dropout > 0, lora_bias=own.lora_bias)
             _check_pooled(site)
         starts = bank.unrouted(lambda generator: initialise(
             found.sites, spec, generator=generator, batches=batches, model=bank.model), seed)  # fmt: skip
-        slots = {site.path: start_slot(site, spec, starts[site.path]) for site in found.sites}
+        slots = {site.path: start_slot(site, spec.at(site.path), starts[site.path]) for site in found.sites}
         self._join(Member(name, spec, notes=found.notes), found, None, slots)
 
     def load(self, name: str, adapter: Adapter, *, allow_other_base: bool = False, allow_partial: bool = False) -> None:
@@ -111,12 +112,12 @@ class Pool:
         bank.check_new(name)
         layout = bank.layout_for(adapter, allow_other_base=allow_other_base, allow_partial=allow_partial)
         for site in layout.found.sites:
-            loading.check_features(site, dropout=adapter.spec.dropout > 0)
+            loading.check_features(site, dropout=adapter.spec.at(site.path).dropout > 0)
             _check_pooled(site)
         adapter.check_finite()
         flat = flatten(adapter, layout, torch.device("cpu"), loading.factor_dtype(bank.model))
         member = Member(name, adapter.spec, notes=layout.found.notes, provenance=adapter.provenance)
-        self._join(member, layout.found, adapter, FlatSites(layout, flat, adapter.spec.dropout))
+        self._join(member, layout.found, adapter, FlatSites(layout, flat, adapter.spec))
 
     def drop(self, name: str) -> None:
         """Take an adapter out; its slot number is the next one's."""

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from weft.core.norms import norm_notes, norm_paths
 from weft.core.patterns import Layers, Names, unmatched_patterns
 from weft.core.site import Site, attention_site, module_site, parameter_site
 from weft.core.site_errors import linears, lost_message, unfit_message
+from weft.core.towers import moved, towers_of, under
 from weft.core.tree import Node, output_heads, shared_weights, walk
 from weft.errors import SpecError, TargetError, did_you_mean, some_names
 from weft.spec import LoraSpec
@@ -64,18 +66,48 @@ def find_sites(model: nn.Module, spec: LoraSpec) -> SiteMap:
             can't be adapted. Names near misses and the linear layers that there are.
         SpecError: a rank that a grouped convolution can't take, or settings that contradict each other.
 
+    With `spec.towers` each tower is searched by its own spec; paths are those in the whole model.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> [(site.path, site.d_in, site.d_out) for site in find_sites(model, LoraSpec(targets=["0", "2"])).sites]
         [('0', 4, 8), ('2', 8, 2)]
     """
+    if spec.towers:
+        return _by_tower(model, spec)
     search = _Search(model, spec)
     search.match()
     search.check()
     sites = tuple(search.sites.values())
     biases = _biases(search, sites)
-    notes = _notes(search, sites, biases)
-    return SiteMap(sites, tuple(search.saved), biases, tuple(notes))
+    statistics = norm_paths(search.nodes, (*search.saved, *search.sites))
+    notes = [*_notes(search, sites, biases), *norm_notes(spec, statistics)]
+    saved = search.saved if spec.batch_norm == "frozen" else [*search.saved, *statistics]
+    biases = tuple(path for path in biases if path.rpartition(".")[0] not in saved)
+    return SiteMap(sites, tuple(saved), biases, tuple(notes))
+
+
+def _by_tower(model: nn.Module, spec: LoraSpec) -> SiteMap:
+    """The sites of all towers, by their paths in the whole model."""
+    parts = {name: find_sites(tower, spec.towers[name]) for name, tower in towers_of(model, spec).items()}
+    outer: list[str] = []
+    if spec.save_modules:
+        search = _Search(model, LoraSpec(targets=(), save_modules=spec.save_modules))
+        search.match()
+        search.check()
+        outer = search.saved
+    inside = [path for path in outer if spec.tower_of(path)]
+    if inside:
+        raise SpecError(
+            f"LoraSpec.save_modules: {some_names(inside)} is in a tower; name it in save_modules of that tower's spec"
+        )
+    whole = tuple(path for name, part in parts.items() for path in under(name, part.save_modules))
+    return SiteMap(
+        tuple(moved(site, name) for name, part in parts.items() for site in part.sites),
+        (*whole, *outer),
+        tuple(path for name, part in parts.items() for path in under(name, part.biases)),
+        tuple(f"{name}: {note}" for name, part in parts.items() for note in part.notes),
+    )
 
 
 def tie_notes(nodes: Iterable[Node], sites: Iterable[Site], whole: Iterable[tuple[str, nn.Module]]) -> list[str]:

@@ -29,7 +29,7 @@ from weft.formats.resolve import resolve
 
 __all__ = ["TARGETS", "convert", "load", "resolve", "to_vllm"]
 
-TARGETS = ("peft", "vllm")
+TARGETS = ("peft", "towers", "vllm")
 """What `convert` can write."""
 
 _SINGLE = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -165,7 +165,8 @@ def convert(
 
     Args:
         source: an adapter, or whatever `load` reads.
-        to: ``"peft"``: a directory as PEFT writes it. ``"vllm"``: one rank, alpha = rank, see `to_vllm`.
+        to: ``"peft"``: a directory as PEFT writes it. ``"vllm"``: one rank, alpha = rank, see `to_vllm`. ``"towers"``: a
+            directory of PEFT's for each tower, in one directory.
         out: the directory to write.
         overwrite: replace an adapter that is there.
 
@@ -179,6 +180,8 @@ def convert(
     if to not in TARGETS:
         raise FormatError(f"to={to!r} is unknown.{did_you_mean(to, TARGETS)} There are: {', '.join(TARGETS)}")
     adapter = source if isinstance(source, Adapter) else load(source)
+    if to == "towers":
+        return peft.write(adapter, out, overwrite=overwrite, by_tower=True)
     if to == "vllm":
         return peft.write(to_vllm(adapter), out, overwrite=overwrite, leaf_names=True)
     return peft.write(adapter, out, overwrite=overwrite)

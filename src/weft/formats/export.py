@@ -13,6 +13,7 @@ from torch import Tensor
 
 from weft.adapter import Adapter
 from weft.core.factors import Factors
+from weft.core.towers import one_spec
 from weft.errors import UnsupportedError, some_names
 from weft.formats.peft_layout import padded
 
@@ -54,7 +55,7 @@ def to_vllm(adapter: Adapter) -> Adapter:
         )
     if lost:
         notes.append(f"scales were multiplied into B, which rounded it by at most {lost:.1e} of its largest value")
-    spec = adapter.spec.replace(rank=rank, alpha=float(rank), rank_pattern={}, alpha_pattern={}, rslora=False, dora=False, lora_bias=False,
+    spec = one_spec(adapter.spec, adapter.sites, tuple(adapter.modules)).replace(rank=rank, alpha=float(rank), rank_pattern={}, alpha_pattern={}, rslora=False, dora=False, lora_bias=False,
                                 bias="none", save_modules=(), init="kaiming")  # fmt: skip
     parents = ({"digest": adapter.digest, "weight": 1.0},)
     provenance = dataclasses.replace(adapter.provenance, notes=tuple(notes), parents=parents)

@@ -7,6 +7,7 @@ takes the files from there, until they have moved to their places. This module d
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -40,7 +41,7 @@ def write_folder(
 
     Args:
         directory: where to; its parents are made.
-        files: a writer by name; the last one is the one without which other tools see no adapter.
+        files: a writer by name, in which one folder may stand (``text_model/adapter_config.json``); the last one is the one without which other tools see no adapter.
         owned: names that belong to such a directory. Those not in ``files`` are removed.
         overwrite: replace such files if they are there; anything else in the directory is left alone.
 
@@ -74,6 +75,7 @@ def write_folder(
 
 def _stage(beside: Path, files: Mapping[str, Callable[[Path], object]]) -> None:
     for name, write in files.items():
+        (beside / name).parent.mkdir(exist_ok=True)
         write(beside / name)
     flush_tree(beside)
 
@@ -108,12 +110,16 @@ def _settle(target: Path, staged: Path, owned: list[str]) -> None:
 
     Other tools, which don't know that folder, find the file that they need last: they see the old adapter, none, or the new one.
     """
-    names = [entry.name for entry in os.scandir(staged)]
+    names = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if not path.is_dir())
     last = [name for name in ("adapter_config.json",) if name in names]
     for name in [*last, *(name for name in owned if name not in names)]:
         (target / name).unlink(missing_ok=True)
+        if "/" in name:
+            with contextlib.suppress(OSError):  # other files are in there
+                (target / name).parent.rmdir()
     for name in [*(name for name in names if name not in last), *last]:
-        copy = target / f".{name}.weft"
+        (target / name).parent.mkdir(exist_ok=True)
+        copy = (target / name).with_name(f".{(target / name).name}.weft")
         copy.unlink(missing_ok=True)
         try:
             os.link(staged / name, copy)
@@ -122,6 +128,8 @@ def _settle(target: Path, staged: Path, owned: list[str]) -> None:
             flush(copy)
         os.replace(copy, target / name)
         copy.unlink(missing_ok=True)  # two links to one file: replacing leaves both
+    for folder in {(target / name).parent for name in names}:
+        flush(folder)
     flush(target)
     gone = _fresh(target, ".weft-")
     os.rename(staged, gone / "old")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from weft.adapter import Adapter, Provenance
 from weft.core.factors import Factors
 from weft.errors import FormatError, KeysError, UnsupportedError, some_names
+from weft.formats.by_tower import OUTER, joined, owned_by, tower_writers
 from weft.formats.checks import listing, path_of, plain_file, read_json, shortened
 from weft.formats.folders import home_of, write_folder
 from weft.formats.peft_config import CONFIG, NOTHING, PeftConfig, read_config
@@ -185,12 +186,21 @@ def _read_own(folder: Path, known: Mapping[str, str] | None = None) -> Adapter:
     """A directory with a weft.json: nothing in it may have changed."""
     record = read_record(folder)
     own = record.layout == "weft"
+    if record.layout == "towers":
+        outer = _verified(folder, OUTER, record, known).tensors if OUTER in record.files else {}
+        adapter = joined(record, folder, _read_own, outer)
+        return _proved(adapter, folder, record, known)
     if not own:
         said = read_json(folder / CONFIG, folder) if os.path.lexists(folder / CONFIG) else None
         if said is None or config_hash(said) != record.files.get(CONFIG):
             raise _changed(folder / CONFIG, "is missing" if said is None else "was changed")
     found = _verified(folder, OWN_WEIGHTS if own else WEIGHTS[0], record, known)
     adapter = _unpack_own(record, found) if own else unpack(record, found.tensors, found.path)
+    return _proved(adapter, folder, record, known)
+
+
+def _proved(adapter: Adapter, folder: Path, record: Record, known: Mapping[str, str] | None) -> Adapter:
+    """With its golden outputs, if its digest is the record's."""
     if record.proof:
         adapter = adapter.replace(proof=_verified(folder, PROOF, record, known).tensors)
     if known is not None:
@@ -255,7 +265,7 @@ def problem_for_peft(adapter: Adapter) -> str | None:
     To be asked before a training starts: the answer depends on sites and settings, not on numbers.
     """
     try:
-        pack(adapter)
+        settings_of(adapter, (packed := pack(adapter)).layout, packed.scales)
     except UnsupportedError as problem:
         return str(problem)
     return None
@@ -268,10 +278,12 @@ def write(
     overwrite: bool = False,
     for_peft: bool = True,
     leaf_names: bool = False,
+    by_tower: bool = False,
 ) -> Path:
     """Write an adapter directory: all of it or nothing, flushed to the disk.
 
-    ``PeftModel.from_pretrained`` loads it and gives the same outputs; `read` gives back the same adapter.
+    ``PeftModel.from_pretrained`` loads it and gives the same outputs; `read` gives back the same adapter. Towers whose specs don't
+    go into one PEFT directory have one each, see `weft.formats.by_tower`.
 
     Args:
         adapter: any; dtypes are kept.
@@ -280,6 +292,7 @@ def write(
         for_peft: False writes a layout of weft's own, for what PEFT has no place for. PEFT finds no adapter in such a
             directory.
         leaf_names: target modules by the last part of their paths alone, for servers that read no paths.
+        by_tower: a PEFT directory for each tower in any case.
 
     Returns:
         The directory.
@@ -289,8 +302,23 @@ def write(
         UnsupportedError: something that PEFT can't express; names the site and the way out.
         NotFiniteError: NaN or infinity in the adapter.
     """
-    files = writers(adapter, for_peft=for_peft, leaf_names=leaf_names, where=path_of(directory))
-    return write_folder(directory, files, owned=OWNED, overwrite=overwrite)
+    place = path_of(directory)
+    if by_tower or (for_peft and adapter.towers and not leaf_names and problem_for_peft(adapter)):
+        files = tower_writers(adapter, lambda part: writers(part, where=place), PROOF)
+    else:
+        files = writers(adapter, for_peft=for_peft, leaf_names=leaf_names, where=place)
+    return write_folder(directory, files, owned=(*OWNED, *_in_towers(place)), overwrite=overwrite)
+
+
+def _in_towers(place: Path) -> tuple[str, ...]:
+    """Files of the towers of an adapter that stands there."""
+    folder = home_of(place)
+    if not (folder / RECORD).is_file():
+        return ()
+    try:
+        return owned_by(read_json(folder / RECORD, folder), OWNED)
+    except FormatError:
+        return ()  # not weft's, or damaged: what is not known is left alone
 
 
 def writers(
@@ -310,13 +338,13 @@ def writers(
     if for_peft:
         try:
             packed = pack(adapter, for_servers=leaf_names)
+            settings = settings_of(adapter, packed.layout, packed.scales, leaf_names=leaf_names)
         except UnsupportedError as problem:
             raise UnsupportedError(
                 f"PEFT's files can't hold this adapter: {problem}. adapter.save(directory, for_peft=False) keeps it in a "
                 "layout that weft reads, and weft.merge writes it into a plain model",
                 path=where,
             ) from None
-        settings = settings_of(adapter, packed.layout, packed.scales, leaf_names=leaf_names)
         tensors = {WEIGHTS[0]: dict(packed.tensors)}
     if adapter.proof:
         tensors[PROOF] = dict(adapter.proof)

@@ -93,7 +93,7 @@ def pack(adapter: Adapter, *, for_servers: bool = False) -> Packed:
     for path, item in adapter.factors.items():
         seat = layout.seats[path]
         try:
-            ready = _ready(item, seat, pairs.get(seat.name), adapter.spec.fan_in_fan_out is True)
+            ready = _ready(item, seat, pairs.get(seat.name), adapter.spec.at(path).fan_in_fan_out is True)
             named = encode(ready, seat.form)
         except (UnsupportedError, ShapeError) as problem:
             raise UnsupportedError(f"{path!r}: {problem}") from None
@@ -229,7 +229,9 @@ def unpack(record: Record, tensors: Mapping[str, Tensor], path: Path) -> Adapter
                 key=shortened(seat.key),
             )
         try:
-            factors[site.path] = _restored(site, seat, found, pairs.get(seat.name), record.spec.fan_in_fan_out is True)
+            factors[site.path] = _restored(
+                site, seat, found, pairs.get(seat.name), record.spec.at(site.path).fan_in_fan_out is True
+            )
         except (ShapeError, UnsupportedError) as problem:
             raise FormatError(f"{site.path!r}: {problem}", path=path, key=shortened(seat.key)) from None
         if site.path in layout.partners:

@@ -12,6 +12,8 @@ from typing import Any
 
 from weft.adapter import Adapter
 from weft.core.patterns import Names, unmatched_patterns
+from weft.core.towers import one_spec
+from weft.errors import SpecError, UnsupportedError
 from weft.formats.peft_config import NOTHING, first_match
 from weft.formats.peft_layout import Layout
 from weft.spec import LoraSpec
@@ -31,8 +33,14 @@ def settings_of(
         layout: for the modules that PEFT has to target.
         scales: (rank, scale) by the name that PEFT matches patterns against.
         leaf_names: target modules by the last part of their paths, as servers expect it.
+
+    Raises:
+        UnsupportedError: towers whose settings differ where PEFT has one.
     """
-    spec = adapter.spec
+    try:
+        spec = one_spec(adapter.spec, adapter.sites, tuple(adapter.modules))
+    except SpecError as problem:
+        raise UnsupportedError(f"PEFT has one setting for all sites of a directory, and {problem}") from None
     alphas = {name: _alpha(spec, name, rank, scale) for name, (rank, scale) in scales.items()}
     ranks = {name: rank for name, (rank, _) in scales.items()}
     rank, rank_pattern = _patterns(ranks, spec.rank, spec.rank_pattern)

@@ -82,7 +82,7 @@ class Record:
     """What weft.json says.
 
     Attributes:
-        layout: ``"peft"``, or ``"weft"`` for a directory that only weft reads.
+        layout: ``"peft"``; ``"towers"``: a directory of PEFT's for each tower, in it; ``"weft"``: only weft reads it.
         digest: of the adapter.
         files: sha256 of the other tensor files by name; adapter_config.json by `config_hash`.
         sites: in the order of the model.
@@ -173,7 +173,7 @@ def read_record(folder: Path) -> Record:
         for key in ("layout", "digest", "files", "spec", "sites", "modules", "biases", "proof", "provenance"):
             _expect(key in said)
         key = "layout"
-        _expect(said[key] in ("peft", "weft"))
+        _expect(said[key] in ("peft", "weft", "towers"))
         key = "digest"
         _expect(isinstance(said[key], str))
         key = "files"

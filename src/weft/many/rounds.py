@@ -153,7 +153,7 @@ class Rounds:
     # coming and going
 
     def _enter(self, member: Member) -> None:
-        needs = member.spec.init in ("eva", "lora_ga")
+        needs = any(own.init in ("eva", "lora_ga") for own in member.spec.everywhere())
         batches = member.inputs.first_batches(member.recipe) if needs else None
         self.engine.enter(member.key, member.spec, member.recipe.seed, batches)
 

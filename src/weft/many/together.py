@@ -25,6 +25,7 @@ def stacks(spec: LoraSpec) -> bool:
     """Whether adapters of this spec are trained in the stacks: nothing in it is trained whole or reads the data first."""
     return (
         not spec.save_modules
+        and not spec.towers
         and spec.bias == "none"
         and spec.init not in ("eva", "lora_ga")
         and not spec.target_parameters

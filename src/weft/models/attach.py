@@ -9,15 +9,16 @@ from torch import nn
 
 from weft.core.bank import Bank
 from weft.core.bank import attach as attach_bank
+from weft.core.towers import towers_of
 from weft.models.targets import resolve_default
 from weft.spec import LoraSpec
 
-__all__ = ["attach"]
+__all__ = ["attach", "resolved_spec"]
 
 
 def attach(
     model: nn.Module,
-    specs: Mapping[str, LoraSpec] | LoraSpec,
+    specs: Mapping[str, LoraSpec | Mapping[str, LoraSpec]] | LoraSpec,
     *,
     batches: Iterable[Mapping[str, Any]] | None = None,
     seed: int | None = None,
@@ -26,7 +27,9 @@ def attach(
 
     Args:
         model: the base, any `torch.nn.Module`. Frozen while attached; its bytes never change.
-        specs: a spec by adapter name; one spec alone is called ``"default"``. The first one is in use.
+        specs: a spec by adapter name; one spec alone is called ``"default"``. The first one is in use. In the place of a spec may
+            stand one by part of the model, ``{"mine": {"text_model": spec, "vision_model": spec}}``, see `LoraSpec.towers`; of a
+            `weft.TwoTower` its projections and head are then trained whole.
         batches: model inputs with labels, for initialisations that look at data (``"eva"``, ``"lora_ga"``).
         seed: of the random factors; None: torch's own generator.
 
@@ -44,5 +47,21 @@ def attach(
         ...     adapter = bank.adapter("mine")
     """
     named = {"default": specs} if isinstance(specs, LoraSpec) else specs
-    resolved = {name: resolve_default(model, spec) for name, spec in named.items()}
+    resolved = {name: resolved_spec(model, spec) for name, spec in named.items()}
     return attach_bank(model, resolved, batches=batches, seed=seed)
+
+
+def resolved_spec(model: nn.Module, spec: LoraSpec | Mapping[str, LoraSpec]) -> LoraSpec:
+    """A spec as the core wants it: towers as one spec, usual sites by name, heads of a two-tower model among what is trained whole.
+
+    Raises:
+        TargetError, SpecError: see `weft.attach`.
+    """
+    if not isinstance(spec, LoraSpec):
+        spec = LoraSpec(towers=spec)
+    if not spec.towers:
+        return resolve_default(model, spec)
+    parts = towers_of(model, spec)
+    towers = {name: resolve_default(parts[name], tower) for name, tower in spec.towers.items()}
+    heads = () if spec.save_modules else tuple(getattr(model, "weft_heads", ()))
+    return spec.replace(towers=towers, save_modules=(*spec.save_modules, *heads))

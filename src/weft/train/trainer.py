@@ -123,7 +123,7 @@ class AdapterTrainer(Trainer):
     def _dropping(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
         """Dropout by row: each row of the batch has a seed of its own, so that neighbours and padding change nothing."""
         bank, slot = self.setup.bank, self.setup.slot
-        if not bank.spec(slot).dropout:
+        if not any(own.dropout for own in bank.spec(slot).everywhere()):
             return contextlib.nullcontext()
         inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
         rows, process = len(inputs["labels"]), self.args.process_index

@@ -192,7 +192,7 @@ def _train(call: _Call, job: _Job, texts: Texts, model: nn.Module, tokenizer: An
     inputs = prepare(recipe, texts, model, tokenizer)
     spec = with_head(job.spec, model) if inputs.train.kind == "classification" else job.spec
     schedule = settle(recipe, facts_of(inputs, model, recipe, spec))
-    batches = inputs.first_batches(recipe) if spec.init in ("eva", "lora_ga") else None
+    batches = inputs.first_batches(recipe) if any(own.init in ("eva", "lora_ga") for own in spec.everywhere()) else None
     recipe = recipe.replace(spec=spec, kind=texts.kind, max_length=inputs.max_length)
     with attach(model, {SLOT: spec}, batches=batches, seed=recipe.seed) as bank:
         begin = bank.adapter(SLOT)
@@ -363,7 +363,7 @@ def facts_of(inputs: Inputs, model: nn.Module, recipe: Recipe, spec: LoraSpec) -
         family=str(getattr(config, "model_type", "")),
         processes=process_count(),
         cpu=recipe.device == "cpu" or not torch.cuda.is_available(),
-        alpha=spec.scale_at("") * spec.rank_at(""),
+        alpha=(own := spec.everywhere()[0]).scale_at("") * own.rank_at(""),
     )
 
 
