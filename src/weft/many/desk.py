@@ -34,6 +34,7 @@ from weft.train.opening import with_head
 from weft.train.progress import StopOnSignal
 from weft.train.proof import make_proof
 from weft.train.recipe import Recipe
+from weft.train.recompute import above
 from weft.train.run import Report, plain_json, write_beside
 from weft.train.schedule import settle
 from weft.train.training import digests_of, facts_of, name_of, not_for_peft, provenance_of
@@ -106,7 +107,7 @@ class FolderDesk:
         share, recipe = self.shares[name], self.recipes[name]
         texts = read(recipe, share.data, share.eval_data, self.labels)
         inputs = prepare(recipe, texts, self.model, self.tokenizer)
-        spec = resolve_default(self.model, recipe.spec or LoraSpec())
+        spec = above(self.model, resolve_default(self.model, recipe.spec or LoraSpec()), recipe.freeze_below)
         spec = with_head(spec, self.model) if inputs.train.kind == "classification" else spec
         facts = dataclasses.replace(facts_of(inputs, self.model, recipe, spec), processes=self.world.rows)
         schedule = settle(recipe, facts)

@@ -38,8 +38,8 @@ from weft.spec import LoraSpec
 from weft.train.opening import BaseLike, as_before, open_base
 from weft.train.progress import StopOnSignal
 from weft.train.recipe import Recipe
+from weft.train.recompute import checkpointing
 from weft.train.run import describe_environment, plain_json, write_beside
-from weft.train.session import checkpointing
 from weft.train.training import OBJECT, dtype_of, name_of, process_count, width_of
 
 __all__ = ["BUDGET", "Options", "Plan", "run_plan", "settings_for", "train_many"]

@@ -22,11 +22,12 @@ from weft.train import checkpoints
 from weft.train.inputs import Features, Inputs
 from weft.train.progress import LogWriter, Progress, StopOnSignal
 from weft.train.recipe import Recipe
+from weft.train.recompute import checkpointing
 from weft.train.run import Folder
 from weft.train.schedule import Schedule
 from weft.train.trainer import AdapterTrainer, Setup
 
-__all__ = ["Outcome", "Session", "check_names", "checkpointing", "plain_metrics", "training_arguments"]
+__all__ = ["Outcome", "Session", "check_names", "plain_metrics", "training_arguments"]
 
 
 @dataclass(frozen=True)
@@ -273,20 +274,6 @@ def _is_end(checkpoint: Path, schedule: Schedule) -> bool:
     early = early[-1] if isinstance(early, list) else early
     waited = early.get("attributes", {}).get("early_stopping_patience_counter", 0)
     return state.global_step >= schedule.steps or bool(schedule.patience and waited >= schedule.patience)
-
-
-@contextlib.contextmanager
-def checkpointing(model: nn.Module, recipe: Recipe) -> Iterator[None]:
-    """Gradient checkpointing for the time of a training; the module flags are put back by `as_before`."""
-    if recipe.gradient_checkpointing:
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            raise RecipeError(
-                f"gradient_checkpointing=true: {type(model).__name__} doesn't support it; set it to false"
-            )
-        settings = {"use_reentrant": recipe.reentrant}
-        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(settings)
-    yield
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ from weft.train.opening import BaseLike, as_before, open_base, with_head
 from weft.train.progress import say
 from weft.train.proof import make_proof
 from weft.train.recipe import Recipe
+from weft.train.recompute import above, check_below
 from weft.train.run import Folder, Report, Run, describe_environment
 from weft.train.schedule import Facts, Schedule, settle
 from weft.train.session import Outcome, Session, check_names, training_arguments
@@ -194,7 +195,9 @@ def _train(call: _Call, job: _Job, texts: Texts, model: nn.Module, tokenizer: An
     schedule = settle(recipe, facts_of(inputs, model, recipe, spec))
     batches = inputs.first_batches(recipe) if any(own.init in ("eva", "lora_ga") for own in spec.everywhere()) else None
     recipe = recipe.replace(spec=spec, kind=texts.kind, max_length=inputs.max_length)
-    with attach(model, {SLOT: spec}, batches=batches, seed=recipe.seed) as bank:
+    low = recipe.freeze_below
+    with attach(model, {SLOT: above(model, spec, low)}, batches=batches, seed=recipe.seed) as bank:
+        check_below(model, (name for name, _ in bank.named_parameters(SLOT)), low, spec.layers_pattern)
         begin = bank.adapter(SLOT)
         assert begin.provenance.base is not None
         known = {
