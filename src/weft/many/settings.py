@@ -82,6 +82,12 @@ def check_shared(recipes: Mapping[str, Recipe]) -> None:
         kinds.setdefault(recipe, user)
     for recipe, user in kinds.items():
         where = f"{user!r}: " if len(kinds) > 1 else ""
+        for name in ("quantize", "offload", "loss_chunk"):
+            if getattr(recipe, name):
+                raise RecipeError(
+                    f"{where}{name}={getattr(recipe, name)!r} is for one adapter: many at once share products with the plain weights; "
+                    f"leave {name} out, or train alone"
+                )
         if recipe.optimizer not in ("adamw_torch", "adamw_torch_fused"):
             raise RecipeError(
                 f"{where}optimizer={recipe.optimizer!r}: many adapters at once are trained by adamw_torch; train alone for others"

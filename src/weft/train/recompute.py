@@ -10,9 +10,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from weft.core.patterns import Layers
 from weft.core.sites import find_sites
@@ -20,25 +18,9 @@ from weft.errors import RecipeError
 from weft.models.targets import resolve_default
 from weft.spec import LoraSpec
 from weft.train.recipe import Recipe
+from weft.train.selective import contexts
 
-__all__ = ["above", "check_below", "checkpointing", "keep_products", "recomputable"]
-
-NARROW = 64
-"""A product that sums over fewer numbers than this is cheaper to compute again than its output is to keep."""
-
-_aten: Any = torch.ops.aten
-_PRODUCTS = {_aten.mm.default: 0, _aten.addmm.default: 1, _aten.bmm.default: 0, _aten.baddbmm.default: 1}
-"""Products, and which argument has the summed dimension last."""
-
-_ALWAYS = {
-    getattr(overloads, "default", None)
-    for overloads in (
-        _aten.addmm_, _aten.baddbmm_, _aten.convolution, _aten._scaled_dot_product_flash_attention,
-        _aten._scaled_dot_product_flash_attention_for_cpu, _aten._scaled_dot_product_efficient_attention,
-        _aten._scaled_dot_product_cudnn_attention, _aten._scaled_dot_product_fused_attention_overrideable,
-        getattr(_aten, "_grouped_mm", None), getattr(_aten, "_scaled_mm", None),
-    )
-}  # fmt: skip
+__all__ = ["above", "check_below", "checkpointing", "recomputable"]
 
 
 @contextlib.contextmanager
@@ -56,7 +38,7 @@ def checkpointing(model: nn.Module, recipe: Recipe) -> Iterator[None]:
             )
         settings: dict[str, Any] = {"use_reentrant": recipe.reentrant}
         if wanted == "selective":
-            settings["context_fn"] = _selective_contexts
+            settings["context_fn"] = contexts
         enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable(settings)
         disable: Any = getattr(model, "disable_input_require_grads", None)
@@ -99,26 +81,6 @@ def _only(model: nn.Module, count: int) -> None:
     chosen = {id(layer) for layer in kept[:count]}
     for layer in layers:
         layer.gradient_checkpointing = id(layer) in chosen  # type: ignore[assignment]
-
-
-def _selective_contexts() -> Any:
-    return create_selective_checkpoint_contexts(keep_products, allow_cache_entry_mutation=True)  # type: ignore[no-untyped-call]
-
-
-def keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """What selective checkpointing keeps: outputs of products and of attention. All else is cheap, and computed again.
-
-    A site's output is a product into which a second one is added in place: both are kept, and are one piece of memory.
-
-    Source:
-        Korthikanti et al. 2022, Reducing Activation Recomputation, arXiv:2205.05198; `torch.utils.checkpoint`.
-    """
-    if operation in _ALWAYS:
-        return CheckpointPolicy.MUST_SAVE
-    place = _PRODUCTS.get(operation)
-    if place is not None and args[place].shape[-1] >= NARROW:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def above(model: nn.Module, spec: LoraSpec, low: int | None) -> LoraSpec:

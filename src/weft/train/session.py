@@ -111,6 +111,7 @@ class Session:
             lora_plus_ratio=self.recipe.lora_plus_ratio,
             snapshot=self.snapshot,
             keep=self.recipe.keep,
+            loss_chunk=self.recipe.loss_chunk,
         )
         evaluated = self.inputs.evaluated
         trainer = AdapterTrainer(

@@ -23,8 +23,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from weft.core.bank import Bank
 from weft.core.dropout import own_stream
-from weft.errors import NotFiniteError, RunError
+from weft.errors import NotFiniteError, RecipeError, RunError
 from weft.train import checkpoints
+from weft.train.chunked import ChunkedLoss
 from weft.train.schedule import Schedule
 from weft.train.scoring import Score, keeps_logits, losses, wanted_positions
 from weft.train.sharding import whole_parameters
@@ -46,6 +47,7 @@ class Setup:
         lora_plus_ratio: learning rate of B over that of A, or None.
         snapshot: writes an adapter into the folder of a checkpoint; None: none is written.
         keep: checkpoints that stay, the best one not counted. Trainer's own limit would remove the last one too.
+        loss_chunk: tokens whose logits exist at a time; None: all of a batch.
     """
 
     bank: Bank
@@ -57,6 +59,7 @@ class Setup:
     lora_plus_ratio: float | None = None
     snapshot: Callable[[Path], object] | None = None
     keep: int = 2
+    loss_chunk: int | None = None
 
 
 class AdapterTrainer(Trainer):
@@ -80,15 +83,23 @@ class AdapterTrainer(Trainer):
         self._keeps_logits = not setup.classifies and not args.torch_compile and keeps_logits(model)
         self._trained = _trained_tensors(model, setup.bank, setup.slot)
         self._micro = (-1, 0)
+        self._chunked: ChunkedLoss | None = None
+        if setup.loss_chunk is not None:
+            self._chunked = ChunkedLoss(model, setup.bank, setup.slot, setup.loss_chunk)
         super().__init__(
             model=model,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            compute_loss_func=_summed_loss,
+            compute_loss_func=_summed_loss if self._chunked is None else self._loss_in_parts,
             callbacks=[_Epochs(setup.sampler), *callbacks],
         )
+        if self._chunked is not None and self.sharded:
+            raise RecipeError(
+                f"loss_chunk={setup.loss_chunk}: FSDP and DeepSpeed hold the head in pieces, which parts of a batch can't gather; "
+                "leave loss_chunk out"
+            )
 
     @property
     def sharded(self) -> bool:
@@ -99,9 +110,18 @@ class AdapterTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's, without the logits that nobody wants."""
+        if self._chunked is not None and "labels" in inputs:
+            with self._chunked.watching():
+                return super().compute_loss(model, self._chunked.prepare(inputs), *args, **kwargs)
         if self._keeps_logits and "labels" in inputs:
             inputs = {**inputs, "logits_to_keep": wanted_positions(inputs["labels"])}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _loss_in_parts(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """As `_summed_loss`; the logits are made part by part."""
+        assert self._chunked is not None
+        total, count = self._chunked.total(labels)
+        return total / (count if num_items_in_batch is None else num_items_in_batch)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Trainer's; dropout has a stream of its own, and a loss that is not finite ends the run.
@@ -192,17 +212,24 @@ class AdapterTrainer(Trainer):
                 for batch in dataloader:
                     inputs = self._prepare_inputs(batch)
                     labels = inputs.pop("labels")
-                    if self._keeps_logits:
-                        inputs["logits_to_keep"] = wanted_positions(labels)
                     with self.accelerator.autocast():
-                        logits = model(**inputs).logits
-                    total.add(logits, labels)
+                        self._score(total, model, inputs, labels)
                     self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         finally:
             model.train(training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in total.metrics().items()}
         nothing: Any = None
         return EvalLoopOutput(predictions=nothing, label_ids=nothing, metrics=metrics, num_samples=total.rows)
+
+    def _score(self, total: Score, model: Any, inputs: dict[str, Any], labels: Tensor) -> None:
+        if self._chunked is not None:
+            with self._chunked.watching():
+                model(**self._chunked.prepare(inputs))
+                total.take(*self._chunked.by_row(labels))
+            return
+        if self._keeps_logits:
+            inputs = {**inputs, "logits_to_keep": wanted_positions(labels)}
+        total.add(model(**inputs).logits, labels)
 
     # checkpoints
 
