@@ -35,19 +35,23 @@ if TYPE_CHECKING:
     from weft.spec import LoraSpec
     from weft.store import Store
     from weft.train import Evaluation, Recipe, Run, evaluate, generate, prove, stream, train
+    from weft.train.adaptive import BudgetRanks, GrowOnPlateau, ShrinkBySpectrum
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
     "Bank",
+    "BudgetRanks",
     "Evaluation",
     "Factors",
     "Fingerprint",
+    "GrowOnPlateau",
     "LoraSpec",
     "Provenance",
     "Recipe",
     "Run",
+    "ShrinkBySpectrum",
     "Store",
     "WeftError",
     "__version__",
@@ -71,13 +75,16 @@ __all__ = [
 _HOME = {
     "Adapter": "weft.adapter",
     "Bank": "weft.core.bank",
+    "BudgetRanks": "weft.train.adaptive",
     "Evaluation": "weft.train",
     "Factors": "weft.core.factors",
     "Fingerprint": "weft.identity",
+    "GrowOnPlateau": "weft.train.adaptive",
     "LoraSpec": "weft.spec",
     "Provenance": "weft.adapter",
     "Recipe": "weft.train",
     "Run": "weft.train",
+    "ShrinkBySpectrum": "weft.train.adaptive",
     "Store": "weft.store",
     "WeftError": "weft.errors",
     "attach": "weft.models.attach",

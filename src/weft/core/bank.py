@@ -22,7 +22,9 @@ from weft.core.norms import has_statistics
 from weft.core.parameters import lazy_weight
 from weft.core.placing import Ground, child_key, ends_in_bias, state_of
 from weft.core.pool import Pool
+from weft.core.resizing import Resize, Swap, resize_slot
 from weft.core.routes import Entry, Route
+from weft.core.site import Site
 from weft.core.sites import SiteMap, find_sites
 from weft.core.slots import Placed, Slot, hold, let_go, slot_key
 from weft.core.starts import Start
@@ -296,6 +298,28 @@ class Bank:
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield f"{path}.weft.{key}.{leaf}", parameter
+
+    def slots(self, name: str) -> dict[str, tuple[Site, Slot]]:
+        """Sites of a trainable adapter with what stands there, by path; for those who change it as a whole (`resize`).
+
+        Raises:
+            BankError: it isn't trainable by itself.
+        """
+        member = self._member(name)
+        found = {path: (self._placed[path].site, slot) for path, slot in member.sites.items() if isinstance(slot, Slot)}
+        if len(found) != len(member.sites):
+            raise BankError(f"{name!r}: an adapter that is only used, or trained in a pool, has no slots of its own")
+        return found
+
+    def resize(self, name: str, changes: Mapping[str, Resize]) -> list[Swap]:
+        """Give sites of a trainable adapter more, fewer or other directions, see `weft.core.resizing`.
+
+        The parameters there are new objects: an optimizer has to take them, and can take its moments along by `Swap.moment`.
+        """
+        slots = self.slots(name)
+        swaps = [swap for path, change in changes.items() for swap in resize_slot(*slots[path], change)]
+        self.use(self.current)
+        return swaps
 
     def detach(self) -> None:
         """Give back the model that was there: same modules, same bytes, same requires_grad, no hook. Idempotent."""

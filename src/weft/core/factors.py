@@ -26,6 +26,7 @@ __all__ = [
     "cut",
     "from_blocks",
     "inner",
+    "kept",
     "spread_groups",
     "truncate",
 ]
@@ -269,7 +270,7 @@ def cut(
     N_B, R_B, X_B = _thin_qr(B, gram_B, even)
     N_A, R_A, X_A = _thin_qr(A.mT, gram_A, 1 / even)
     U, S, Vh = torch.linalg.svd(factors.scale * (R_B @ R_A.mT), full_matrices=False)
-    keep = _kept(S, factors.groups, rank, energy, error)
+    keep = kept(S, factors.groups, rank, energy, error)
     root = S[:, :keep].sqrt()
     new_B = N_B @ (X_B @ (U[..., :keep] * root[:, None, :]))
     new_A = (X_A @ (Vh[:, :keep].mT * root[:, None, :])).mT @ N_A.mT
@@ -301,7 +302,7 @@ def _thin_qr(M: Tensor, gram: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, T
     return Q, R, torch.eye(R.shape[-2], dtype=M.dtype, device=M.device)
 
 
-def _kept(S: Tensor, groups: int, rank: int | None, energy: float | None, error: float | None) -> int:
+def kept(S: Tensor, groups: int, rank: int | None, energy: float | None, error: float | None) -> int:
     """How many singular values of S (n, k) stay, for all n together; at least one."""
     if rank is not None:
         return max(1, min(rank // groups, S.shape[-1]))

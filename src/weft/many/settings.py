@@ -100,5 +100,10 @@ def check_shared(recipes: Mapping[str, Recipe]) -> None:
             raise RecipeError(
                 f"{where}mixed_precision='fp16' scales all losses by one factor, which one user's overflow would change; use bf16 or no"
             )
+        if recipe.adaptive is not None:
+            raise RecipeError(
+                f"{where}adaptive ranks: adapters that are trained together keep their ranks; train this one alone with `weft train`, or "
+                "shrink the finished adapters with `weft shrink`"
+            )
         if recipe.compile:
             raise RecipeError(f"{where}compile=true compiles for one adapter; leave it out here")

@@ -52,6 +52,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from weft.train.adaptive import BudgetRanks, GrowOnPlateau, ShrinkBySpectrum
     from weft.train.evaluation import Evaluation, evaluate
     from weft.train.generation import Sampling, generate, stream
     from weft.train.proof import ProofReport, prove
@@ -60,12 +61,15 @@ if TYPE_CHECKING:
     from weft.train.training import train
 
 __all__ = [
+    "BudgetRanks",
     "Evaluation",
+    "GrowOnPlateau",
     "ProofReport",
     "Recipe",
     "Report",
     "Run",
     "Sampling",
+    "ShrinkBySpectrum",
     "evaluate",
     "generate",
     "prove",
@@ -74,12 +78,15 @@ __all__ = [
 ]
 
 _HOME = {
+    "BudgetRanks": "weft.train.adaptive",
     "Evaluation": "weft.train.evaluation",
+    "GrowOnPlateau": "weft.train.adaptive",
     "ProofReport": "weft.train.proof",
     "Recipe": "weft.train.recipe",
     "Report": "weft.train.run",
     "Run": "weft.train.run",
     "Sampling": "weft.train.generation",
+    "ShrinkBySpectrum": "weft.train.adaptive",
     "evaluate": "weft.train.evaluation",
     "generate": "weft.train.generation",
     "prove": "weft.train.proof",

@@ -14,7 +14,7 @@ __all__ = ["loss_curve"]
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 48
-TRAIN, EVAL, BEST, GRID, INK = "#9aa5b1", "#c2410c", "#0f766e", "#e5e7eb", "#374151"
+TRAIN, EVAL, BEST, GRID, INK, RANKS = "#9aa5b1", "#c2410c", "#0f766e", "#e5e7eb", "#374151", "#6d28d9"
 
 Point = tuple[float, float]
 
@@ -42,6 +42,7 @@ def loss_curve(lines: Iterable[Mapping[str, Any]], title: str, best_step: int | 
     losses = _ticks(min(y for _, y in everything), max(y for _, y in everything), 6)
     place = _scale(steps, losses)
     body += _axes(steps, losses, place)
+    body += _rank_marks(rows, place)
     if train:
         body.append(_line(train, place, TRAIN, 1, 0.6))
         body.append(_line(_smooth(train), place, INK, 2))
@@ -53,7 +54,9 @@ def loss_curve(lines: Iterable[Mapping[str, Any]], title: str, best_step: int | 
         f'<circle cx="{place(p)[0]:.1f}" cy="{place(p)[1]:.1f}" r="7" fill="none" stroke="{BEST}" stroke-width="2"/>'
         for p in chosen
     ]
+    changed = [row for row in rows if "change" in row]
     legend = [
+        (RANKS, "ranks changed", changed),
         (INK, "training loss", train),
         (EVAL, "evaluation loss", evaluated),
         (BEST, f"kept: step {best_step}", chosen),
@@ -64,6 +67,26 @@ def loss_curve(lines: Iterable[Mapping[str, Any]], title: str, best_step: int | 
         body.append(f'<rect x="{x}" y="{HEIGHT - 14}" width="14" height="4" fill="{color}"/>')
         body.append(f'<text x="{x + 20}" y="{HEIGHT - 8}" font-size="12" fill="{INK}">{escape(text)}</text>')
     return _document(body)
+
+
+def _rank_marks(rows: Sequence[Mapping[str, Any]], place: Any) -> list[str]:
+    """A line at each step where ranks changed; with the mean rank of the changed sites, where there is room for a number."""
+    parts, last = [], -math.inf
+    for row in rows:
+        if "change" not in row:
+            continue
+        x = place((float(row["step"]), 0.0))[0]
+        ranks = [after for _, after in row.get("ranks", {}).values()]
+        parts.append(
+            f'<line x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM}" stroke="{RANKS}" stroke-dasharray="4 3">'
+            f"<title>step {row['step']}: {escape(str(row['change']))}</title></line>"
+        )
+        if ranks and x - last >= 44:
+            parts.append(
+                f'<text x="{x + 3:.1f}" y="{TOP + 10}" font-size="11" fill="{RANKS}">r {sum(ranks) / len(ranks):.3g}</text>'
+            )
+            last = x
+    return parts
 
 
 def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from weft.errors import RecipeError, SpecError, did_you_mean
 from weft.spec import LoraSpec
+from weft.train.adaptive import Adaptive, adaptive_from, to_section
 from weft.train.measures import OFFLOADED, QUANTIZED, RECOMPUTED, check_measures
 from weft.train.yaml12 import dump, parse, parse_file
 
@@ -80,6 +81,8 @@ class Recipe:
         loss_chunk: tokens whose logits exist at a time; None: all of a batch. For large vocabularies.
         freeze_below: adapt no layer under this number, so that the backward ends there.
         compile: `torch.compile` the model.
+        adaptive: ranks that change while it trains: a `GrowOnPlateau`, `BudgetRanks` or `ShrinkBySpectrum`, or such a section:
+            ``{kind: grow, max_rank: 64}``; None: they stay.
         workers: processes that prepare batches; 0: the training process does.
         device: ``"auto"`` or ``"cpu"``.
         report_to: trackers beside the run folder's own log: ``tensorboard``, ``wandb``, ``trackio`` …
@@ -134,6 +137,7 @@ class Recipe:
     workers: int = 0
     device: str = "auto"
     report_to: tuple[str, ...] = ()
+    adaptive: Adaptive | None = None
 
     def __hash__(self) -> int:
         return hash(repr(self.to_dict()))
@@ -147,6 +151,7 @@ class Recipe:
                 object.__setattr__(self, name, tuple(given[name]))
         if isinstance(given["spec"], Mapping):
             object.__setattr__(self, "spec", _spec(given["spec"]))
+        object.__setattr__(self, "adaptive", adaptive_from(self.adaptive))
         for name, (holds, expected) in _RULES.items():
             value = getattr(self, name)
             if not holds(value):
@@ -184,9 +189,16 @@ class Recipe:
                 continue
             if head not in _MAPPINGS:
                 raise RecipeError(f"{name!r}: {head!r} has no inner keys; only {', '.join(_MAPPINGS)} and spec have")
-            before = changes.get(head, getattr(self if head == "columns" else self.spec, head, None)) or {}
+            before = changes.get(head, self._section(head)) or {}
+            before = {"kind": before} if isinstance(before, str) else before
             changes[head] = {**before, inner: parsed}
         return self.replace(**changes)
+
+    def _section(self, name: str) -> Any:
+        """What a mapping in the recipe or in its spec holds now."""
+        if name == "adaptive":
+            return to_section(self.adaptive)
+        return getattr(self if name == "columns" else self.spec, name, None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; the spec as a section of its own."""
@@ -194,6 +206,7 @@ class Recipe:
         values["spec"] = self.spec.to_dict() if self.spec is not None else None
         values["report_to"], values["offload"] = list(self.report_to), list(self.offload)
         values["columns"] = dict(self.columns) if self.columns is not None else None
+        values["adaptive"] = to_section(self.adaptive)
         return values
 
     @classmethod
@@ -303,7 +316,7 @@ def _is_recomputation(value: Any) -> bool:
     return _is_bool(value) or _whole(1)(value) or _one_of(RECOMPUTED)(value)
 
 
-_MAPPINGS = ("rank_pattern", "alpha_pattern", "columns")
+_MAPPINGS = ("rank_pattern", "alpha_pattern", "columns", "adaptive")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _ALLOWED = {"kind": KINDS, "schedule": SCHEDULES, "batching": BATCHING, "mixed_precision": PRECISIONS, "dtype": _DTYPES,
             "device": ("auto", "cpu"), "metric": tuple(METRICS), "quantize": QUANTIZED, "gradient_checkpointing": RECOMPUTED}  # fmt: skip
@@ -366,6 +379,12 @@ def _reads_as_number(text: str) -> bool:
 
 def _check_contradictions(recipe: Recipe) -> None:
     """Fields that are right alone and wrong together."""
+    if recipe.adaptive is not None and recipe.compile:
+        raise RecipeError("adaptive ranks change the shapes that compile=true compiles for; give one of them")
+    if recipe.adaptive is not None and "layerwise" in recipe.optimizer:
+        raise RecipeError(
+            f"optimizer={recipe.optimizer!r} has an optimizer for each parameter, which adaptive ranks can't follow; use adamw_torch"
+        )
     both = "give one of them"
     if recipe.epochs is not None and recipe.max_steps is not None:
         raise RecipeError(f"epochs={recipe.epochs} and max_steps={recipe.max_steps} both say how long to train; {both}")

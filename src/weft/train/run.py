@@ -22,6 +22,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,8 @@ class Report:
         digest: of the adapter.
         data: by ``"train"`` and ``"eval"``: source, digest, examples, and the account of what was truncated or dropped.
         notes: what the user should know.
+        ranks: where they changed: ``"changes"``, each with step, reason and ranks before and after by site, and ``"sites"``, the ranks of the
+            adapter; empty where they didn't.
     """
 
     base: Mapping[str, float] = field(default_factory=dict)
@@ -83,6 +86,7 @@ class Report:
     digest: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    ranks: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in report.json."""
@@ -103,6 +107,7 @@ class Report:
         ]
         if self.best_step is not None:
             lines.append(f"kept: the checkpoint of step {self.best_step:,}")
+        lines += rank_lines(self.ranks)
         if self.adapter:
             lines += ["", *side_by_side(self.base, self.adapter)]
         lines += [f"{name}: {part['summary']}" for name, part in self.data.items() if part.get("summary")]
@@ -278,6 +283,22 @@ class Folder:
         write_beside(self.root / "curve.svg", loss_curve(self.read_log(), headline, report.best_step))
         write_beside(self.root / "report.md", f"# {headline}\n\n```\n{report.text()}\n```\n\n![loss](curve.svg)\n")
         write_beside(self.report, json.dumps(plain_json(report.to_dict()), indent=2, ensure_ascii=False) + "\n")
+
+
+def rank_lines(ranks: Mapping[str, Any]) -> list[str]:
+    """One line for each change of ranks, and one for what is there at the end."""
+    if not ranks:
+        return []
+    lines = [f"step {row['step']}: {row['change']}, {row['why']}" for row in ranks["changes"]]
+    if len(lines) > 12:
+        lines[5:-5] = [f"… {len(lines) - 10} more changes of ranks, all in report.json …"]
+    counts = sorted(Counter(ranks["sites"].values()).items())
+    if len(counts) <= 4:
+        held = ", ".join(f"{rank} at {count} site{'s' if count > 1 else ''}" for rank, count in counts)
+    else:
+        total = sum(rank * count for rank, count in counts)
+        held = f"{counts[0][0]} to {counts[-1][0]}, {total / len(ranks['sites']):.1f} on average over {len(ranks['sites'])} sites"
+    return [*lines, f"ranks of the adapter: {held}" + ("" if lines else ", none changed")]
 
 
 def side_by_side(base: Mapping[str, float], adapter: Mapping[str, float] | None) -> list[str]:

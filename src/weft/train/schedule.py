@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.errors import RecipeError
+from weft.train.adaptive import GrowOnPlateau
 from weft.train.recipe import METRICS, Recipe
 
 __all__ = ["Facts", "Schedule", "learning_rate_for", "settle"]
@@ -182,6 +183,10 @@ def _check(recipe: Recipe, facts: Facts) -> None:
     """Contradictions between the recipe and what is there."""
     if not facts.features:
         raise RecipeError("no training example is left; see what was dropped and why in the account of the data")
+    if not facts.evaluated and isinstance(recipe.adaptive, GrowOnPlateau):
+        raise RecipeError(
+            "adaptive growth looks at evaluations, and there is no evaluation data; give eval_data (--eval FILE, or --eval 0.1)"
+        )
     if not facts.evaluated:
         asked: dict[str, Any] = {"patience": recipe.patience, "eval_every": recipe.eval_every, "metric": recipe.metric}
         for name, value in asked.items():

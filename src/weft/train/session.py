@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from weft.core.bank import Bank
 from weft.errors import MissingDependencyError, RecipeError, did_you_mean
 from weft.train import checkpoints
 from weft.train.inputs import Features, Inputs
-from weft.train.progress import LogWriter, Progress, StopOnSignal
+from weft.train.progress import LogWriter, Progress, StopOnSignal, say
+from weft.train.ranks import ranks_for
 from weft.train.recipe import Recipe
 from weft.train.recompute import checkpointing
-from weft.train.run import Folder
+from weft.train.run import Folder, plain_json
 from weft.train.schedule import Schedule
 from weft.train.trainer import AdapterTrainer, Setup
 
@@ -38,6 +39,7 @@ class Outcome:
         base, adapter: metrics on the evaluation data, by plain names (``loss``, ``perplexity`` …).
         best_step: of the checkpoint that was restored; None: the last one stays.
         stopped: ``"end"``, ``"early"`` or ``"signal"``.
+        ranks: the record of ranks that changed, see `weft.train.ranks.Ranks.record`; empty where they didn't.
     """
 
     base: dict[str, float]
@@ -50,6 +52,7 @@ class Outcome:
     train_loss: float | None
     best_step: int | None
     stopped: str
+    ranks: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -92,12 +95,14 @@ class Session:
                 self._train(trainer, stop)
                 best = None if stop.stopped else trainer.restore_best()
                 base = base or self._measure_base(trainer)
+                final = {} if stop.stopped else self._finish_ranks(trainer)
                 with trainer.whole():
                     trained = None if stop.stopped else self.bank.adapter(self.slot)
                 trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             finally:
                 bar.close()
-        return trained, self._outcome(trainer, log, stop, base, best)
+        outcome = self._outcome(trainer, log, stop, base, best)
+        return trained, replace(outcome, adapter=final or outcome.adapter)
 
     def _trainer(self, callbacks: list[TrainerCallback]) -> AdapterTrainer:
         processes = self.args.world_size
@@ -112,6 +117,9 @@ class Session:
             snapshot=self.snapshot,
             keep=self.recipe.keep,
             loss_chunk=self.recipe.loss_chunk,
+            ranks=ranks_for(
+                self.recipe.adaptive, self.bank, self.slot, self.schedule, self.recipe.seed, self._log_once, self._tell
+            ),
         )
         evaluated = self.inputs.evaluated
         trainer = AdapterTrainer(
@@ -133,6 +141,23 @@ class Session:
             if type(silent).__name__ in ("PrinterCallback", "ProgressCallback"):
                 trainer.remove_callback(silent)
         return trainer
+
+    def _log_once(self, row: dict[str, Any]) -> None:
+        """A line for the log that a killed run may have written already."""
+        if plain_json(row) not in self.folder.read_log():
+            self.folder.append_log(row)
+
+    def _tell(self, line: str) -> None:
+        if self.progress is not False:
+            say(line)
+
+    def _finish_ranks(self, trainer: AdapterTrainer) -> dict[str, float]:
+        """What an adaptive rank does last, to the factors that were chosen; metrics of the result where it did something."""
+        ranks = trainer.setup.ranks
+        if ranks is None or not ranks.finish() or self.inputs.evaluated is None:
+            return {}
+        loop = trainer.evaluation_loop(trainer.get_eval_dataloader(), "result")
+        return plain_metrics(dict(loop.metrics or {}))
 
     def _train(self, trainer: AdapterTrainer, stop: StopOnSignal) -> None:
         last = checkpoints.newest(self.folder.checkpoints)
@@ -177,6 +202,7 @@ class Session:
             train_loss=trained[-1] if trained else None,
             best_step=best,
             stopped="signal" if stop.stopped else "early" if early else "end",
+            ranks=trainer.setup.ranks.record() if trainer.setup.ranks is not None else {},
         )
 
 

@@ -23,9 +23,12 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from weft.core.bank import Bank
 from weft.core.dropout import own_stream
+from weft.core.resizing import Resize
 from weft.errors import NotFiniteError, RecipeError, RunError
 from weft.train import checkpoints
 from weft.train.chunked import ChunkedLoss
+from weft.train.moments import carry, rewrap
+from weft.train.ranks import Ranks, fit
 from weft.train.schedule import Schedule
 from weft.train.scoring import Score, keeps_logits, losses, wanted_positions
 from weft.train.sharding import whole_parameters
@@ -48,6 +51,7 @@ class Setup:
         snapshot: writes an adapter into the folder of a checkpoint; None: none is written.
         keep: checkpoints that stay, the best one not counted. Trainer's own limit would remove the last one too.
         loss_chunk: tokens whose logits exist at a time; None: all of a batch.
+        ranks: changes the ranks of the sites while it trains; None: they stay.
     """
 
     bank: Bank
@@ -60,6 +64,7 @@ class Setup:
     snapshot: Callable[[Path], object] | None = None
     keep: int = 2
     loss_chunk: int | None = None
+    ranks: Ranks | None = None
 
 
 class AdapterTrainer(Trainer):
@@ -93,13 +98,19 @@ class AdapterTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             compute_loss_func=_summed_loss if self._chunked is None else self._loss_in_parts,
-            callbacks=[_Epochs(setup.sampler), *callbacks],
+            callbacks=[_Epochs(setup.sampler), *callbacks, *([setup.ranks] if setup.ranks else [])],
         )
         if self._chunked is not None and self.sharded:
             raise RecipeError(
                 f"loss_chunk={setup.loss_chunk}: FSDP and DeepSpeed hold the head in pieces, which parts of a batch can't gather; "
                 "leave loss_chunk out"
             )
+        if setup.ranks is not None:
+            setup.ranks.trainer = self
+            if self.sharded:
+                raise RecipeError(
+                    "adaptive ranks need whole factors on each process, and FSDP or DeepSpeed cut them up; train with DDP, or leave adaptive out"
+                )
 
     @property
     def sharded(self) -> bool:
@@ -175,6 +186,18 @@ class AdapterTrainer(Trainer):
             self.optimizer = kind(groups, **settings)
         return self.optimizer
 
+    def resize(self, changes: Mapping[str, Resize]) -> int:
+        """Change directions at sites, in the middle of a run; optimizer and DDP take the new parameters over.
+
+        Returns:
+            parameters whose optimizer state could not be carried and begins anew.
+        """
+        swaps = self.setup.bank.resize(self.setup.slot, changes)
+        self._trained = _trained_tensors(self.model, self.setup.bank, self.setup.slot)
+        lost = 0 if self.optimizer is None else carry(self.optimizer, swaps)
+        rewrap(self.model_wrapped)
+        return lost
+
     # the data
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -231,6 +254,13 @@ class AdapterTrainer(Trainer):
             inputs = {**inputs, "logits_to_keep": wanted_positions(labels)}
         total.add(model(**inputs).logits, labels)
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; then ranks are decided about, after every other callback whatever their order."""
+        metrics = super()._evaluate(*args, **kwargs)
+        if self.setup.ranks is not None:
+            self.setup.ranks.evaluated(metrics)
+        return metrics
+
     # checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -276,12 +306,22 @@ class AdapterTrainer(Trainer):
             self.setup.snapshot(target)
         target.mkdir(parents=True, exist_ok=True)
         checkpoints.save_state(target / checkpoints.STATE, tensors, self.state.global_step)
+        if self.setup.ranks is not None:
+            self.setup.ranks.save(target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            checkpoints.load_state(Path(resume_from_checkpoint) / checkpoints.STATE, self._trained)
+            return
+        self._load_factors(Path(resume_from_checkpoint))
+        if self.setup.ranks is not None:
+            self.setup.ranks.restore(Path(resume_from_checkpoint))
+
+    def _load_factors(self, checkpoint: Path) -> None:
+        """Copy a checkpoint's tensors into the model, whose sites get its ranks first."""
+        if self.setup.ranks is not None and fit(self.setup.bank, self.setup.slot, checkpoint):
+            self._trained = _trained_tensors(self.model, self.setup.bank, self.setup.slot)
+        checkpoints.load_state(checkpoint / checkpoints.STATE, self._trained)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; a run folder may have been moved since the checkpoint was written."""
@@ -321,7 +361,7 @@ class AdapterTrainer(Trainer):
         if self.sharded:
             super()._load_best_model()
         else:
-            checkpoints.load_state(path / checkpoints.STATE, self._trained)
+            self._load_factors(path)
         return int(best)
 
 

@@ -26,6 +26,7 @@ from weft.identity import Fingerprint
 from weft.models.attach import attach
 from weft.spec import LoraSpec
 from weft.train import checkpoints
+from weft.train.adaptive import Adaptive, check_spec
 from weft.train.ends import unlearned_end
 from weft.train.inputs import Inputs, Texts, prepare, read
 from weft.train.opening import BaseLike, as_before, open_base, with_head
@@ -63,6 +64,7 @@ def train(
     eval_data: Any = None,
     spec: LoraSpec | None = None,
     recipe: Recipe | None = None,
+    adaptive: Adaptive | None = None,
     out: str | os.PathLike[str],
     resume: bool = False,
     overwrite: bool = False,
@@ -77,6 +79,7 @@ def train(
         eval_data: the same for the evaluation; or a share of the training data to hold out, as in 0.1; or None.
         spec: what to adapt and how; may be in the recipe instead. For a classification the head is added.
         recipe: how to train; None: the stable defaults.
+        adaptive: ranks that change while it trains: `GrowOnPlateau`, `BudgetRanks` or `ShrinkBySpectrum`; may be in the recipe instead.
         out: the run folder; must not exist, or be empty, unless `resume` or `overwrite`.
         resume: go on from the newest checkpoint in `out`, to the same result as without the break. Base, data and
             recipe are those of the run; what is given as well must agree. A finished run is returned as it is.
@@ -97,6 +100,7 @@ def train(
         >>> print(run.report.text())  # doctest: +SKIP
     """
     call = _Call(Folder(out), resume, overwrite, progress)
+    recipe = with_adaptive(recipe, adaptive)
     job = (
         call.resumed(base, data, eval_data, spec, recipe)
         if resume
@@ -192,6 +196,8 @@ def _train(call: _Call, job: _Job, texts: Texts, model: nn.Module, tokenizer: An
     recipe, folder = job.recipe, call.folder
     inputs = prepare(recipe, texts, model, tokenizer)
     spec = with_head(job.spec, model) if inputs.train.kind == "classification" else job.spec
+    if recipe.adaptive is not None:
+        check_spec(recipe.adaptive, spec)
     schedule = settle(recipe, facts_of(inputs, model, recipe, spec))
     batches = inputs.first_batches(recipe) if any(own.init in ("eva", "lora_ga") for own in spec.everywhere()) else None
     recipe = recipe.replace(spec=spec, kind=texts.kind, max_length=inputs.max_length)
@@ -227,7 +233,8 @@ def _train(call: _Call, job: _Job, texts: Texts, model: nn.Module, tokenizer: An
                     f"stopped at step {outcome.steps} of {schedule.steps}, kept in {checkpoints.newest(folder.checkpoints)}; "
                     f"go on: weft train --resume {shlex.quote(str(folder.root))}"
                 )
-            check_whole(trained, begin)
+            if recipe.adaptive is None:
+                check_whole(trained, begin)
             adapter = _result(bank, trained, inputs, provenance, outcome)
             report = _report(bank, inputs, schedule, outcome, adapter, notes)
             if call.main:
@@ -307,6 +314,20 @@ def one_recipe(spec: LoraSpec | None, recipe: Recipe | None) -> Recipe:
         odd = [name for name, value in spec.to_dict().items() if recipe.spec.to_dict()[name] != value]
         raise RecipeError(f"spec and recipe.spec differ in {', '.join(odd)}; give one of them")
     return dataclasses.replace(recipe, spec=spec)
+
+
+def with_adaptive(recipe: Recipe | None, adaptive: Adaptive | None) -> Recipe | None:
+    """The recipe with what is given beside it.
+
+    Raises:
+        RecipeError: both name an adaptive rank, and these differ.
+    """
+    if adaptive is None:
+        return recipe
+    recipe = recipe or Recipe()
+    if recipe.adaptive not in (None, adaptive):
+        raise RecipeError(f"adaptive={adaptive} and recipe.adaptive={recipe.adaptive} differ; give one of them")
+    return dataclasses.replace(recipe, adaptive=adaptive)
 
 
 def _check_recipe(folder: Folder, saved: Recipe, asked: Recipe) -> None:
