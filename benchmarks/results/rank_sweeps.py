@@ -71,12 +71,12 @@ TASKS = (
          {"batch_size": 8, "max_length": 40, "max_steps": 40}),
     Task("tinyshakespeare", "embedded", "text/tinyshakespeare.txt", "", 1000, 60,
          {"batch_size": 4, "max_length": 96, "max_steps": 40, "kind": "text"}, developed=True),
-    Task("gsm8k", "embedded", "gsm8k/train.jsonl", "gsm8k/test.jsonl", 1000, 40,
-         {"batch_size": 4, "max_length": 192, "max_steps": 30}),
+    Task("gsm8k", "embedded", "gsm8k/train.jsonl", "gsm8k/test.jsonl", 1000, 30,
+         {"batch_size": 4, "max_length": 160, "max_steps": 24}),
     Task("e2e, 64 examples", "stories260k", "e2e/train.jsonl", "e2e/valid.jsonl", 64, 60,
          {"batch_size": 8, "max_length": 320, "max_steps": 32}, developed=True),
-    Task("medical_zh", "embedded", "medical_zh/train.jsonl", "medical_zh/valid.jsonl", 1000, 40,
-         {"batch_size": 4, "max_length": 128, "max_steps": 30}),
+    Task("medical_zh", "embedded", "medical_zh/train.jsonl", "medical_zh/valid.jsonl", 1000, 30,
+         {"batch_size": 4, "max_length": 112, "max_steps": 24}),
 )  # fmt: skip
 
 RATES = (0.25, 1.0, 4.0)

@@ -31,8 +31,9 @@ class DataBits:
     Attributes:
         examples: in the data. tokens: of them that are learned (labels, in a classification).
         loss: of the base, nats a token or label, on a sample.
-        by_base: bits of all learned tokens in the base's own code. packed: in LZMA's; None for classifications.
+        by_base: bits of all of them in the base's own code. packed: in LZMA's; of labels, their entropy.
         seen: share of the examples that the run comes to; 1 from one epoch on.
+        classifies: labels are learned, one an example.
         bits: what the run can learn at most: the shorter code, times `seen`.
     """
 
@@ -40,13 +41,14 @@ class DataBits:
     tokens: int
     loss: float
     by_base: float
-    packed: float | None
+    packed: float
     seen: float
+    classifies: bool = False
 
     @property
     def bits(self) -> float:
         """Bits that the run can learn at most."""
-        return self.seen * min(self.by_base, math.inf if self.packed is None else self.packed)
+        return self.seen * min(self.by_base, self.packed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -66,7 +68,7 @@ def bits_of(encoded: Encoded, loss: float, seen: float) -> DataBits:
     count = encoded.num_loss_tokens
     by_base = count * loss / math.log(2)
     if encoded.classes is not None:
-        return DataBits(len(encoded), count, loss, by_base, count * _entropy(encoded.classes), seen)
+        return DataBits(len(encoded), count, loss, by_base, count * _entropy(encoded.classes), seen, True)
     assert encoded.learned is not None
     return DataBits(len(encoded), count, loss, by_base, _packed_bits(encoded.tokens[encoded.learned]), seen)
 

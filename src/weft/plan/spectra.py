@@ -227,8 +227,8 @@ class _Watch:
                 self.half = number % 2
                 loss = loss_of(call_model(model, batch), "the spectrum of the gradient")
                 losses.append(float(loss.detach()))
-                if loss.requires_grad:
-                    loss.backward()  # type: ignore[no-untyped-call]
+                if loss.requires_grad:  # each half's gradient is of its batches' mean loss
+                    (loss / len(batches[self.half :: 2])).backward()  # type: ignore[no-untyped-call]
         return losses
 
     def _hook(self, site: Site) -> Any:
