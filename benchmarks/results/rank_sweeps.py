@@ -5,6 +5,7 @@ Knows nothing of what weft would have recommended; that is for `benchmarks.resul
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import tempfile
@@ -16,9 +17,11 @@ from typing import Any
 
 import weft
 from benchmarks.results.sst2 import base_path
+from weft.many.combinations import combinations, label, read_grid
 from weft.many.sweeping import sweep
+from weft.train.schedule import learning_rate_for
 
-__all__ = ["ALPHA", "RANKS", "RATES", "TASKS", "Task", "best_rank", "run_ranks", "run_rates"]
+__all__ = ["ALPHA", "RANKS", "RATES", "TASKS", "Task", "best_rank", "run_ranks", "run_rates", "run_sites"]
 
 RANKS, SEEDS, ALPHA = (1, 2, 4, 8, 16, 32, 64), (0, 1), 32.0
 NEAR = 0.01
@@ -80,7 +83,9 @@ TASKS = (
 )  # fmt: skip
 
 RATES = (0.25, 1.0, 4.0)
-"""Learning rates of the second sweep, times the rule's."""
+"""Learning rates that are tried, times the rule's."""
+
+RATE_RANKS = (2, 64)
 
 
 def _pieces(text: str, size: int = 240) -> list[str]:
@@ -99,32 +104,47 @@ def run_ranks(task: Task, shared: Path) -> dict[str, Any]:
     return {"losses": losses, "base": base, "seconds": round(seconds)}
 
 
-def run_rates(task: Task, shared: Path, rate: float) -> list[dict[str, Any]]:
-    """Held-out loss by rank, alpha and learning rate: with alpha 32, and with alpha = rank at the rule's rate for it.
+def run_rates(task: Task, shared: Path, steps: int = 24) -> list[dict[str, Any]]:
+    """Held-out loss by rank, alpha and learning rate, the rule's times `RATES`: with alpha 32, and with alpha = rank."""
+    model, _ = weft.load_base(task.base_in(shared))
+    width, family = int(model.config.hidden_size), str(model.config.model_type)
+    runs: dict[str, tuple[dict[str, Any], weft.LoraSpec, weft.Recipe]] = {}
+    for rank, alpha, times in itertools.product(RATE_RANKS, (ALPHA, None), RATES):
+        spec = weft.LoraSpec(rank=rank, alpha=alpha)
+        rate = times * learning_rate_for(width, family, steps, spec.scale_at("") * rank)[0]
+        recipe = task.settings().replace(max_steps=steps, eval_every=steps, learning_rate=rate)
+        known = {"rank": rank, "alpha": spec.alpha, "times": times, "rate": rate}
+        runs[f"{rank} {spec.alpha:g} {times:g}"] = (known, spec, recipe)
+    losses = _together(task, shared, {name: (spec, recipe) for name, (_, spec, recipe) in runs.items()})
+    return [known | {"loss": losses[name]} for name, (known, _, _) in runs.items()]
+
+
+def run_sites(task: Task, shared: Path, spec: weft.LoraSpec, uniform: int) -> dict[str, list[float]]:
+    """Held-out loss by seed: ranks by site, and one rank everywhere.
 
     Args:
-        rate: the rule's learning rate where alpha is 32.
+        spec: with ranks by site. uniform: the rank that takes as many bytes.
     """
-    rows = []
-    for rank in (2, 16, 64):
-        for alpha, rslora in ((ALPHA, False), (float(rank), False), (float(rank), True)):
-            spec = weft.LoraSpec(rank=rank, alpha=alpha, rslora=rslora)
-            effective = spec.scale_at("", rank) * rank
-            base_rate = rate * min(8.0, max(1 / 8, ALPHA / effective))
-            grid = {"learning_rate": [float(f"{base_rate * times:.3g}") for times in RATES]}
-            found, _, _ = _sweep(task, shared, grid, spec, task.settings())
-            for times, (_, loss) in zip(RATES, found, strict=True):
-                rows.append(
-                    {
-                        "rank": rank,
-                        "alpha": alpha,
-                        "rslora": rslora,
-                        "rate": base_rate * times,
-                        "times": times,
-                        "loss": loss,
-                    }
-                )
-    return rows
+    specs = {"by site": spec, "everywhere": weft.LoraSpec(rank=uniform, alpha=ALPHA)}
+    runs = {
+        f"{name} {seed}": (chosen, task.settings().replace(seed=seed))
+        for name, chosen in specs.items()
+        for seed in SEEDS
+    }
+    losses = _together(task, shared, runs)
+    return {name: [losses[f"{name} {seed}"] for seed in SEEDS] for name in specs}
+
+
+def _together(task: Task, shared: Path, runs: Mapping[str, tuple[weft.LoraSpec, weft.Recipe]]) -> dict[str, float]:
+    """Held-out loss by name, all on the task's data, in one pass."""
+    train, held = task.rows(shared)
+    with tempfile.TemporaryDirectory() as place:
+        done = weft.train_many(
+            base=task.base_in(shared), data=dict.fromkeys(runs, train), eval_data=dict.fromkeys(runs, held),
+            spec={name: spec for name, (spec, _) in runs.items()}, recipe={name: recipe for name, (_, recipe) in runs.items()},
+            out=Path(place) / "runs", progress=False,
+        )  # fmt: skip
+        return {str(row["name"]): float(row["adapter"]["loss"]) for row in done.report.rows}
 
 
 def _sweep(
@@ -139,8 +159,6 @@ def _sweep(
             out=Path(place) / "runs", progress=False,
         )  # fmt: skip
         rows = {str(row["name"]): row for row in runs.report.rows}
-    from weft.many.combinations import combinations, label, read_grid
-
     found = []
     for settings in combinations(read_grid(grid), None, recipe.seed):
         row = rows[label(settings)]

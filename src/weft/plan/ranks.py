@@ -26,7 +26,7 @@ from weft.data import Encoded
 from weft.errors import PlanError
 from weft.models.targets import resolve_default
 from weft.plan.budget import ITEMSIZE, Spending, spend
-from weft.plan.capacity import DataBits, bits_of, rank_for_bits
+from weft.plan.capacity import BITS_A_PARAMETER, DataBits, bits_of, rank_for_bits
 from weft.plan.sizes import in_words
 from weft.plan.spectra import SiteSpectrum, site_spectra
 from weft.spec import LoraSpec
@@ -277,9 +277,14 @@ def by_capacity(data: DataBits, numbers: int) -> tuple[float, str]:
     wanted = rank_for_bits(data.bits, numbers)
     share = f", of which the run sees {data.seen:.0%}" if data.seen < 1 else ""
     thing = "labels" if data.classifies else "tokens"
+    bits = f"{data.loss / math.log(2):.3g} bits each in the base's code"
+    if data.packed < data.by_base:
+        bits += f", {data.packed / max(1, data.tokens):.3g} " + (
+            "by how often each occurs" if data.classifies else "packed"
+        )
     return wanted, (
-        f"{data.tokens:,} {thing} to learn at {data.loss / math.log(2):.3g} bits (the base's loss){share}: {data.bits:,.0f} bits at most; "
-        f"one rank has {numbers:,} numbers, which hold {2 * numbers:,} bits"
+        f"{data.tokens:,} {thing} to learn, {bits}{share}: {data.bits:,.0f} bits at most; "
+        f"one rank has {numbers:,} numbers, which hold {BITS_A_PARAMETER * numbers:,.0f} bits"
     )
 
 
