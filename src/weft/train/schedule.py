@@ -88,6 +88,9 @@ def learning_rate_for(width: int, family: str, steps: int, alpha: float = MEASUR
     and 0 for those that were not measured. It is nearly independent of the rank (4 to 512) where alpha is 32. With another alpha,
     the last factor (at most 8, at least 1/8) keeps the first steps of ΔW: Adam moves B by the learning rate, whatever the scale.
 
+    What counts is scale times rank, of which alpha 32 is one way of many: ``alpha = rank`` asks for a rate that falls as 1 / rank, rsLoRA (scale
+    alpha / √rank) for one that falls as 1 / (alpha · √rank). That is why an adapter with ranks by site keeps one alpha at all of them.
+
     Args:
         width: hidden size of the base; 0: unknown.
         family: ``model_type`` of its config.
@@ -96,7 +99,7 @@ def learning_rate_for(width: int, family: str, steps: int, alpha: float = MEASUR
 
     Source:
         Schulman et al. 2025, LoRA Without Regret (thinkingmachines.ai/blog/lora), and the widths' exponents of the
-        authors' tinker-cookbook.
+        authors' tinker-cookbook. Kalajdzievski 2023, rsLoRA, arXiv:2312.03732, for the scale. Measured: docs/results.md, "Which rank".
     """
     times = 15 if steps < SHORT_RUN else 10
     exponent = next((value for name, value in WIDTH_EXPONENTS.items() if family.lower().startswith(name)), 0.0)

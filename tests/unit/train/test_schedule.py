@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from weft.errors import RecipeError
+from weft.spec import LoraSpec
 from weft.train.recipe import Recipe
 from weft.train.schedule import Facts, learning_rate_for, settle
 
@@ -32,6 +33,18 @@ def test_the_learning_rate_follows_the_rule_and_says_so() -> None:
     assert learning_rate_for(2000, "llama", 1000, alpha=8)[0] == pytest.approx(2e-3)
     assert learning_rate_for(2000, "llama", 1000, alpha=0.01)[0] == pytest.approx(4e-3)
     assert settle(Recipe(learning_rate=1e-3), FACTS).rate_reason == "0.001: as the recipe says"
+
+
+@pytest.mark.parametrize("rank", [8, 16, 64, 128])
+def test_the_learning_rate_keeps_the_first_steps_whatever_rank_and_scale(rank: int) -> None:
+    def step(spec: LoraSpec) -> float:
+        reach = spec.scale_at("") * spec.rank_at("")
+        return reach * learning_rate_for(2000, "llama", 1000, reach)[0]
+
+    usual = step(LoraSpec(rank=rank, alpha=32))
+    assert usual == pytest.approx(32 * 5e-4)
+    assert step(LoraSpec(rank=rank)) == pytest.approx(usual, rel=0.05)  # two digits are kept
+    assert step(LoraSpec(rank=rank, alpha=16, rslora=True)) == pytest.approx(usual, rel=0.05)  # two digits are kept
 
 
 def test_intervals_fit_the_run() -> None:
