@@ -383,6 +383,14 @@ class Bank:
             self._expected[spec] = loading.expected_sites(self.model, spec)
         return self._expected[spec]
 
+    def stands_for(self, base: Fingerprint, without: tuple[str, ...] = ()) -> None:
+        """Say whose adapters these are, where the weights here are a quantised copy of another base's.
+
+        Args:
+            base: fingerprint of the base as it is stored. without: paths of modules that adapters replace whole.
+        """
+        self._fingerprints[without] = base
+
     def _fingerprint(self, without: tuple[str, ...]) -> Fingerprint:
         """Of the base without modules that an adapter replaces whole: a fresh head has other bytes each time."""
         if without not in self._fingerprints:

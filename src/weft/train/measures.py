@@ -47,6 +47,11 @@ def check_measures(recipe: Recipe) -> None:
             "reentrant=true with offload=[activations]: torch's older checkpointing keeps its inputs where they can't be moved; "
             "set reentrant=false"
         )
+    if recomputes and "base" in recipe.offload:
+        raise RecipeError(
+            f"offload=[base] with gradient_checkpointing={recomputes!r}: a layer that is computed again in the backward would be so "
+            "without its weights; use offload=[base, activations], or gradient_checkpointing without 'base'"
+        )
     if len(set(recipe.offload)) < len(recipe.offload):
         raise RecipeError(f"offload={list(recipe.offload)} names a part twice; name it once")
     if recipe.quantize and "base" in recipe.offload:
@@ -55,6 +60,7 @@ def check_measures(recipe: Recipe) -> None:
             "and are small already; keep one of them"
         )
     _check_loss_chunk(recipe)
+    _check_quantize(recipe)
     if recipe.compile:
         odd = [name for name in ("quantize", "offload") if getattr(recipe, name)]
         if recomputes == "selective" or (recomputes is not True and recomputes):
@@ -64,12 +70,32 @@ def check_measures(recipe: Recipe) -> None:
                 f"compile=true with {odd[0]}={getattr(recipe, odd[0])!r}: a compiled model makes its own choice of what is kept and "
                 f"where; set compile=false, or leave {odd[0]} out"
             )
+    if recipe.freeze_below is not None and recipe.spec is not None and recipe.spec.towers:
+        raise RecipeError(
+            f"freeze_below={recipe.freeze_below} with towers: each part counts its layers for itself; set layers in the parts' own specs"
+        )
     if recipe.freeze_below is not None and recipe.spec is not None and recipe.spec.layers is not None:
         low = [layer for layer in recipe.spec.layers if layer < recipe.freeze_below]
         if low:
             raise RecipeError(
                 f"freeze_below={recipe.freeze_below}, but the spec's layers={list(recipe.spec.layers)} adapt layer {low[0]}; "
                 "drop one of them"
+            )
+
+
+def _check_quantize(recipe: Recipe) -> None:
+    spec = recipe.spec
+    if recipe.quantize is None or spec is None:
+        return
+    for own in spec.everywhere():
+        init = own.init if own.init.startswith(("pissa", "olora", "lora_ga")) else None
+        asked = {"dora": own.dora, "target_parameters": own.target_parameters, "init": init}
+        for name, value in asked.items():
+            if not value:
+                continue
+            raise RecipeError(
+                f"quantize={recipe.quantize!r} with {name}={value!r}: that needs the weights themselves, and a quantised base has only "
+                "their products; leave one of them out"
             )
 
 

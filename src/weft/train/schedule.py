@@ -190,6 +190,11 @@ def _check(recipe: Recipe, facts: Facts) -> None:
         raise RecipeError(
             "adaptive growth looks at evaluations, and there is no evaluation data; give eval_data (--eval FILE, or --eval 0.1)"
         )
+    if recipe.offload and facts.cpu:
+        raise RecipeError(
+            f"offload={list(recipe.offload)} needs a GPU: on a CPU weights and activations are in CPU memory already; leave it out. "
+            "To save memory here: gradient_checkpointing, loss_chunk, dtype=bfloat16, a smaller batch_size with accumulation"
+        )
     if not facts.evaluated:
         asked: dict[str, Any] = {"patience": recipe.patience, "eval_every": recipe.eval_every, "metric": recipe.metric}
         for name, value in asked.items():

@@ -20,7 +20,9 @@ from weft.core.bank import Bank
 from weft.errors import MissingDependencyError, RecipeError, did_you_mean
 from weft.train import checkpoints
 from weft.train.inputs import Features, Inputs
+from weft.train.offload import Parked, kept_away
 from weft.train.progress import LogWriter, Progress, StopOnSignal, say
+from weft.train.quantized import unsaid
 from weft.train.ranks import ranks_for
 from weft.train.recipe import Recipe
 from weft.train.recompute import checkpointing
@@ -63,6 +65,7 @@ class Session:
         model: with `bank` on it; `slot` is trained.
         snapshot: writes the adapter that a checkpoint holds into its folder.
         progress: see `weft.train.progress.Progress`.
+        parked: the weights that are off the device.
     """
 
     model: nn.Module
@@ -75,6 +78,7 @@ class Session:
     args: TrainingArguments
     snapshot: Callable[[Path], object]
     progress: bool | None = None
+    parked: Parked | None = None
 
     def run(self) -> tuple[Adapter | None, Outcome]:
         """Train from the start, or from the newest checkpoint in the folder, to the end.
@@ -88,7 +92,7 @@ class Session:
         callbacks: list[TrainerCallback] = [log, bar, stop]
         if self.schedule.patience:
             callbacks.append(EarlyStoppingCallback(self.schedule.patience))
-        with checkpointing(self.model, self.recipe), _calm():
+        with checkpointing(self.model, self.recipe), _calm(), unsaid():
             trainer = self._trainer(callbacks)
             try:
                 base = {} if trainer.sharded else self._measure_base(trainer)
@@ -120,6 +124,8 @@ class Session:
             ranks=ranks_for(
                 self.recipe.adaptive, self.bank, self.slot, self.schedule, self.recipe.seed, self._log_once, self._tell
             ),
+            around=self._around,
+            placed=self.parked is not None,
         )
         evaluated = self.inputs.evaluated
         trainer = AdapterTrainer(
@@ -158,6 +164,16 @@ class Session:
             return {}
         loop = trainer.evaluation_loop(trainer.get_eval_dataloader(), "result")
         return plain_metrics(dict(loop.metrics or {}))
+
+    @contextlib.contextmanager
+    def _around(self) -> Iterator[None]:
+        """Where saved tensors wait, as `Recipe.offload` says."""
+        with contextlib.ExitStack() as stack:
+            if "activations" in self.recipe.offload:
+                stack.enter_context(kept_away(self.model, parked=self.parked))
+            elif self.parked is not None:
+                stack.enter_context(self.parked.noting())
+            yield
 
     def _train(self, trainer: AdapterTrainer, stop: StopOnSignal) -> None:
         last = checkpoints.newest(self.folder.checkpoints)

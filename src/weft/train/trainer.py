@@ -52,6 +52,8 @@ class Setup:
         keep: checkpoints that stay, the best one not counted. Trainer's own limit would remove the last one too.
         loss_chunk: tokens whose logits exist at a time; None: all of a batch.
         ranks: changes the ranks of the sites while it trains; None: they stay.
+        around: entered around each forward that is trained on, for what decides where saved tensors wait.
+        placed: the model is where it belongs already.
     """
 
     bank: Bank
@@ -65,6 +67,8 @@ class Setup:
     keep: int = 2
     loss_chunk: int | None = None
     ranks: Ranks | None = None
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    placed: bool = False
 
 
 class AdapterTrainer(Trainer):
@@ -121,12 +125,17 @@ class AdapterTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's, without the logits that nobody wants."""
-        if self._chunked is not None and "labels" in inputs:
-            with self._chunked.watching():
-                return super().compute_loss(model, self._chunked.prepare(inputs), *args, **kwargs)
-        if self._keeps_logits and "labels" in inputs:
-            inputs = {**inputs, "logits_to_keep": wanted_positions(inputs["labels"])}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        with self.setup.around():
+            if self._chunked is not None and "labels" in inputs:
+                with self._chunked.watching():
+                    return super().compute_loss(model, self._chunked.prepare(inputs), *args, **kwargs)
+            if self._keeps_logits and "labels" in inputs:
+                inputs = {**inputs, "logits_to_keep": wanted_positions(inputs["labels"])}
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.setup.placed:
+            super()._move_model_to_device(model, device)
 
     def _loss_in_parts(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """As `_summed_loss`; the logits are made part by part."""

@@ -12,7 +12,7 @@ import os
 import shlex
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +21,24 @@ from torch import nn
 
 from weft.adapter import Adapter, Provenance
 from weft.core.bank import Bank
+from weft.core.loading import base_weights
+from weft.core.sites import find_sites
 from weft.errors import RecipeError, RunError, RunStoppedError, UnsupportedError
-from weft.identity import Fingerprint
+from weft.identity import Fingerprint, fingerprint
 from weft.models.attach import attach
+from weft.models.targets import resolve_default
 from weft.spec import LoraSpec
 from weft.train import checkpoints
 from weft.train.adaptive import Adaptive, check_spec
 from weft.train.ends import unlearned_end
 from weft.train.inputs import Inputs, Texts, prepare, read
+from weft.train.offload import Parked
 from weft.train.opening import BaseLike, as_before, open_base, with_head
 from weft.train.progress import say
 from weft.train.proof import make_proof
+from weft.train.quantized import quantise, require
 from weft.train.recipe import Recipe
-from weft.train.recompute import above, check_below
+from weft.train.recompute import above, check_below, recomputable
 from weft.train.run import Folder, Report, Run, describe_environment
 from weft.train.schedule import Facts, Schedule, settle
 from weft.train.session import Outcome, Session, check_names, training_arguments
@@ -111,6 +116,8 @@ def train(
     if not resume and call.main:
         call.folder.check(overwrite)
     check_names(job.recipe)
+    if job.recipe.quantize:
+        require(job.recipe.quantize)
     texts = read(job.recipe, job.data, job.eval_data)
     call.say(texts.train.summary(), *([texts.evaluated.summary()] if texts.evaluated else []))
     model, tokenizer = open_base(job.base, labels=texts.train.labels or None, dtype=dtype_of(job.recipe))
@@ -202,7 +209,11 @@ def _train(call: _Call, job: _Job, texts: Texts, model: nn.Module, tokenizer: An
     batches = inputs.first_batches(recipe) if any(own.init in ("eva", "lora_ga") for own in spec.everywhere()) else None
     recipe = recipe.replace(spec=spec, kind=texts.kind, max_length=inputs.max_length)
     low = recipe.freeze_below
-    with attach(model, {SLOT: above(model, spec, low)}, batches=batches, seed=recipe.seed) as bank:
+    adapted = above(model, spec, low)
+    stored = _quantised(job, recipe, model, adapted)
+    with attach(model, {SLOT: adapted}, batches=batches, seed=recipe.seed) as bank:
+        for without, kept in stored.items():
+            bank.stands_for(kept, without)
         check_below(model, (name for name, _ in bank.named_parameters(SLOT)), low, spec.layers_pattern)
         begin = bank.adapter(SLOT)
         assert begin.provenance.base is not None
@@ -222,10 +233,11 @@ def _train(call: _Call, job: _Job, texts: Texts, model: nn.Module, tokenizer: An
                 stack.enter_context(call.start(recipe, environment))
             args = training_arguments(recipe, schedule, folder, inputs.train.packed)
             PartialState().wait_for_everyone()
+            parked = stack.enter_context(_parked(recipe, model, args.device)) if "base" in recipe.offload else None
             call.say(*_headline(inputs, schedule, bank), *(f"note: {note}" for note in notes))
             session = Session(
                 model, bank, SLOT, recipe, schedule, inputs, folder, args,
-                lambda target: bank.adapter(SLOT, provenance).save(target, for_peft=not problem), call.progress,
+                lambda target: bank.adapter(SLOT, provenance).save(target, for_peft=not problem), call.progress, parked,
             )  # fmt: skip
             trained, outcome = session.run()
             if trained is None:
@@ -241,6 +253,36 @@ def _train(call: _Call, job: _Job, texts: Texts, model: nn.Module, tokenizer: An
                 adapter.save(folder.adapter, overwrite=True, for_peft=not problem)
                 folder.save_report(report, folder.root.name)
             return Run(folder.root, adapter, report)
+
+
+def _quantised(job: _Job, recipe: Recipe, model: nn.Module, spec: LoraSpec) -> dict[tuple[str, ...], Fingerprint]:
+    """Quantise the base where the recipe says so; returns the fingerprints that it had before, by modules that are left out."""
+    if recipe.quantize is None:
+        return {}
+    if isinstance(job.base, tuple):
+        raise RecipeError(
+            f"quantize={recipe.quantize!r} replaces layers of the base, and this model was given as an object, to be left as it is; "
+            "give its path"
+        )
+    whole = find_sites(model, resolve_default(model, spec)).save_modules
+    stored = {paths: fingerprint(model, base_weights(model, paths)) for paths in {(), whole}}
+    quantise(model, recipe.quantize, whole)
+    return stored
+
+
+@contextlib.contextmanager
+def _parked(recipe: Recipe, model: nn.Module, device: Any) -> Iterator[Parked]:
+    """The layers' weights off the device for the time of a training."""
+    layers = recomputable(model)
+    if not layers or process_count() > 1:
+        why = f"{type(model).__name__} has no layers that could take turns" if not layers else "several processes train"
+        raise RecipeError(f"offload={list(recipe.offload)}: {why}; leave 'base' out")
+    parked = Parked(layers, device)
+    try:
+        parked.place_rest(model)
+        yield parked
+    finally:
+        parked.give_back()
 
 
 def _headline(inputs: Inputs, schedule: Schedule, bank: Bank) -> list[str]:
@@ -284,6 +326,8 @@ def _result(bank: Bank, trained: Adapter, inputs: Inputs, provenance: Provenance
     evaluation = {f"eval_{name}": value for name, value in outcome.adapter.items()}
     evaluation |= {f"base_{name}": value for name, value in outcome.base.items()}
     came = dataclasses.replace(provenance, evaluation=evaluation, base=trained.provenance.base)
+    if provenance.recipe and provenance.recipe.get("quantize"):
+        return trained.replace(provenance=came)  # answers of the quantised base would prove nothing on the stored one
     return trained.replace(provenance=came, proof=make_proof(bank.model, inputs.evaluated or inputs.train))
 
 
