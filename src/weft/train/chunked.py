@@ -42,10 +42,9 @@ class ChunkedLoss:
     def __init__(self, model: nn.Module, bank: Bank, slot: str, tokens: int) -> None:
         self.model, self.tokens = model, tokens
         self.body = _body(model, tokens)
-        inside = {id(parameter) for parameter in self.body.parameters()}
-        named = [(name, parameter) for name, parameter in bank.named_parameters(slot) if id(parameter) not in inside]
-        self.trained = [parameter for _, parameter in named]  # of the head
-        if bank.spec(slot).dropout and any(name.endswith("lora_A") for name, _ in named):
+        inside = f"{model.base_model_prefix}."
+        self._of_head = lambda: [(n, p) for n, p in bank.named_parameters(slot) if not n.startswith(inside)]
+        if bank.spec(slot).dropout and any(name.endswith("lora_A") for name, _ in self._of_head()):
             raise RecipeError(
                 f"loss_chunk={tokens}: the head is a site with dropout={bank.spec(slot).dropout}, whose draws would depend on the parts; "
                 "set dropout=0, take the head out of the targets, or leave loss_chunk out"
@@ -79,8 +78,9 @@ class ChunkedLoss:
         hidden, targets = self._wanted(labels)
         step = max(1, self.tokens // len(labels))
         parts = list(zip(hidden.split(step, dim=1), targets.split(step, dim=1), strict=True))  # type: ignore[no-untyped-call]
+        trained = [parameter for _, parameter in self._of_head()]  # asked each time: adaptive ranks make new ones
         with self._handing() as head:
-            result: Tensor = _Total.apply(head, parts, hidden, *self.trained)  # type: ignore[no-untyped-call]
+            result: Tensor = _Total.apply(head, parts, hidden, *trained)  # type: ignore[no-untyped-call]
         return result, int((targets != IGNORED).sum())
 
     @torch.no_grad()
