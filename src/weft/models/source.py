@@ -17,7 +17,7 @@ from typing import Any
 
 from weft.errors import BaseError, some_names
 
-__all__ = ["EMBEDDED", "Source", "find_source"]
+__all__ = ["EMBEDDED", "Source", "find_config_file", "find_source"]
 
 EMBEDDED = "weft-embedded"
 """What the embedded base is called in messages and provenance."""
@@ -88,6 +88,35 @@ def find_source(base: str | os.PathLike[str] | None, revision: str | None = None
     if isinstance(base, Path) or not _HUB_ID.fullmatch(name) or name.startswith((".", "~")):
         raise BaseError(f"there is no directory {name} (looked for {folder.resolve()}).{_nearby(folder)}")
     return _from_hub(name, revision)
+
+
+def find_config_file(base: str | os.PathLike[str] | None, revision: str | None = None) -> Path:
+    """The config.json of a base, whose weights need not be there.
+
+    Args:
+        base: a directory with a config.json, that file itself, a hub id, or None for the embedded base.
+
+    Raises:
+        BaseError: there is none; says what was looked for.
+    """
+    if base is None or base == EMBEDDED:
+        from weft.models.embedded import PATH
+
+        return Path(PATH) / "config.json"
+    name = os.fspath(base)
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".json":
+        return path
+    if not path.exists() and not isinstance(base, Path) and _HUB_ID.fullmatch(name):
+        if name.count("/") == 1 and path.parent.is_dir():
+            raise BaseError(f"there is no directory {name} (looked for {path.resolve()}).{_nearby(path)}")
+        path = _download(name, revision, ("config.json",))
+    if not path.is_dir():
+        raise BaseError(f"there is no directory or config.json {name} (looked for {path.resolve()}).{_nearby(path)}")
+    if not (path / "config.json").is_file():
+        raise BaseError(f"{name} is no base: {_what_it_is(path)}")
+    _refuse_pointer(path / "config.json", name)
+    return path / "config.json"
 
 
 def _nearby(folder: Path) -> str:
