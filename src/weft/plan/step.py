@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weft.core.bank import Bank
 from weft.plan.course import PARTS, Course, Segment, Vector, stretch
 from weft.plan.layers import Stacks
 from weft.plan.tape import Tape
@@ -46,7 +47,6 @@ class StepSettings:
         trains: False: a forward without gradients, as an evaluation does it.
         vocabulary: a tensor of this width is one of logits.
         logits_to_keep: the loss asks for the logits that it needs.
-        loss_chunk: tokens whose logits exist at a time, or None.
         whole: trace every layer.
     """
 
@@ -55,7 +55,6 @@ class StepSettings:
     accumulates: bool = False
     trains: bool = True
     vocabulary: int = 0
-    loss_chunk: int | None = None
     whole: bool = False
 
 
@@ -103,12 +102,15 @@ def _one_label(model: nn.Module) -> bool:
     return "Classification" in type(model).__name__ and "Token" not in type(model).__name__
 
 
-def trace(model: nn.Module, stacks: Stacks, settings: StepSettings) -> Course:
+def trace(
+    model: nn.Module, stacks: Stacks, settings: StepSettings, bank: Bank | None = None, slot: str = "", routed: int | None = None
+) -> Course:  # fmt: skip
     """The course of one step of the whole model.
 
     Args:
         model: of fake tensors, with its adapters and its measures on it; as `stacks` saw it.
         stacks: of the model.
+        bank, slot, routed: route so many rows to the slot, each with a seed, as a training with dropout does; None: don't.
     """
     device = str(next(model.parameters()).device.type)
     model.train(settings.trains)
@@ -117,10 +119,10 @@ def trace(model: nn.Module, stacks: Stacks, settings: StepSettings) -> Course:
             parameter.grad = None
         inputs = batch_of(short, settings.batch, device)
         if settings.accumulates and settings.trains:
-            _run(short, stacks, inputs, settings, Tape())
+            _run(short, stacks, inputs, settings, Tape(), bank, slot, routed)
         tape = Tape()
         tape.ignore(_held(short, inputs))
-        marks = _run(short, stacks, inputs, settings, tape)
+        marks = _run(short, stacks, inputs, settings, tape, bank, slot, routed)
         segments = _segments(tape, marks, [p.grad for p in short.parameters() if p.grad is not None], settings)
         for parameter in short.parameters():
             parameter.grad = None
@@ -147,8 +149,9 @@ class _Mark:
 
 
 def _run(
-    model: nn.Module, stacks: Stacks, inputs: dict[str, Tensor], settings: StepSettings, tape: Tape
-) -> list[_Mark]:
+    model: nn.Module, stacks: Stacks, inputs: dict[str, Tensor], settings: StepSettings, tape: Tape, bank: Bank | None, slot: str,
+    routed: int | None,
+) -> list[_Mark]:  # fmt: skip
     """Forward, loss and backward; gives where what began."""
     marks = [_Mark(0, 0, None, "forward")]
 
@@ -156,7 +159,10 @@ def _run(
         marks.append(_Mark(tape.now, tape.flops, layer, phase))
 
     device = next(iter(inputs.values())).device.type
-    with _marking(model, stacks, marks, mark), tape:
+    route: Any = contextlib.nullcontext()
+    if bank is not None and routed and settings.trains:
+        route = bank.route([slot] * routed, seeds=list(range(routed)))
+    with _marking(model, stacks, marks, mark), route, tape:
         if not settings.trains:
             with torch.no_grad(), _autocast(device, settings.precision):
                 _forward(model, inputs, settings)

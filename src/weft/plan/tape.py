@@ -119,6 +119,7 @@ def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
     return 0
 
 
+_LARGEST = 2**31 - 1
 _PLAIN = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
 """Products in place, which the registry of torch doesn't have, and those that they are."""
 
@@ -130,8 +131,8 @@ def _assumed(func: Any, args: Any, kwargs: Any) -> Any:
         return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.long)
     if func is aten.index.Tensor and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
         return aten.index.Tensor(args[0], [part for index in args[1] for part in _places(index)])
-    if func is aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-        return True
+    if func is aten._local_scalar_dense.default and not args[0].dtype.is_floating_point:
+        return True if args[0].dtype == torch.bool else _LARGEST
     if func is aten.equal.default:
         return args[0].shape == args[1].shape
     if func is aten.is_nonzero.default:
