@@ -1,6 +1,6 @@
 """`make results`: train and evaluate on real weights, and write docs/results.md.
 
-Call it as ``python -m benchmarks.results [e2e] [sst2] [cifar] [medical] [shakespeare] [users] [cotraining] [mixing] [ranks] [growth]``; without names all are run. Each part keeps its figures in
+Call it as ``python -m benchmarks.results [e2e] [sst2] [cifar] [medical] [shakespeare] [users] [cotraining] [mixing] [ranks] [growth] [plan]``; without names all are run. Each part keeps its figures in
 docs/results/NAME.json, and the page is written anew from all that are there.
 """
 
@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.results import cifar, cotraining, e2e, growth, medical, mixing, page, ranks, shakespeare, sst2, users
+from benchmarks.results import cifar, cotraining, e2e, growth, medical, mixing, page, plan, ranks, shakespeare, sst2, users
 
 HERE = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("WEFT_SHARED", HERE.parent / "shared"))
@@ -26,12 +26,14 @@ PARTS = {
     "mixing": mixing.measure,
     "ranks": ranks.measure,
     "growth": growth.measure,
+    "plan": plan.measure,
+    "plan-gpu": plan.measure_on_gpu,
 }
 
 
 def main() -> None:
     """Run the parts that were named."""
-    names = sys.argv[1:] or list(PARTS)
+    names = sys.argv[1:] or [name for name in PARTS if name != "plan-gpu"]
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         raise SystemExit(f"unknown part {unknown[0]!r}; there are {', '.join(PARTS)}")

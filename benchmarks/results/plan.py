@@ -25,7 +25,6 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 5, "vocab_size": 16000, "max_position_embeddings": 2048, "tie_word_embeddings": False,
 }  # fmt: skip
 QWEN = LLAMA | {"model_type": "qwen2", "vocab_size": 40000, "tie_word_embeddings": True, "num_hidden_layers": 5}
-GEMMA = LLAMA | {"model_type": "gemma", "head_dim": 64, "vocab_size": 24000, "num_hidden_layers": 5, "tie_word_embeddings": True}
 GPT2: dict[str, Any] = {
     "model_type": "gpt2", "n_embd": 640, "n_layer": 6, "n_head": 10, "vocab_size": 16000, "n_positions": 1024,
 }  # fmt: skip
@@ -36,23 +35,19 @@ MIXTRAL = LLAMA | {
 
 CASES: tuple[dict[str, Any], ...] = (
     {"name": "Llama", "config": LLAMA},
-    {"name": "Llama", "config": LLAMA, "rank": 64},
-    {"name": "Llama", "config": LLAMA, "seq": 512},
-    {"name": "Llama", "config": LLAMA, "padded": True, "seq": 512},
+    {"name": "Llama", "config": LLAMA, "rank": 64, "recipe": {"mixed_precision": "bf16"}},
+    {"name": "Llama", "config": LLAMA, "padded": True, "seq": 384, "rows": 2},
     {"name": "Llama", "config": LLAMA, "recipe": {"gradient_checkpointing": True}},
-    {"name": "Llama", "config": LLAMA, "recipe": {"dtype": "bfloat16"}},
-    {"name": "Llama", "config": LLAMA, "recipe": {"mixed_precision": "bf16"}},
-    {"name": "Llama", "config": LLAMA, "recipe": {"accumulation": 2}},
-    {"name": "Llama", "config": LLAMA, "recipe": {"dropout": 0.1}},
-    {"name": "Llama", "config": LLAMA, "recipe": {"dora": True}},
-    {"name": "Llama, 20 layers", "config": LLAMA | {"num_hidden_layers": 20}},
-    {"name": "Llama, 20 layers", "config": LLAMA | {"num_hidden_layers": 20}, "rank": 8,
-     "recipe": {"gradient_checkpointing": True, "dtype": "bfloat16"}},
+    {"name": "Llama", "config": LLAMA, "recipe": {"gradient_checkpointing": "selective"}},
+    {"name": "Llama", "config": LLAMA, "recipe": {"gradient_checkpointing": 4, "accumulation": 2}, "rows": 1},
+    {"name": "Llama", "config": LLAMA, "recipe": {"loss_chunk": 64}},
+    {"name": "Llama", "config": LLAMA, "recipe": {"freeze_below": 4, "dropout": 0.1}},
+    {"name": "Llama", "config": LLAMA, "recipe": {"dora": True}, "rank": 8},
+    {"name": "Llama, 20 layers", "config": LLAMA | {"num_hidden_layers": 20}, "rows": 1, "recipe": {"dtype": "bfloat16"}},
     {"name": "Qwen2, large vocabulary", "config": QWEN},
-    {"name": "Gemma", "config": GEMMA, "recipe": {"gradient_checkpointing": True}},
-    {"name": "GPT-2", "config": GPT2},
+    {"name": "GPT-2", "config": GPT2, "seq": 192},
     {"name": "Mixtral, 4 experts", "config": MIXTRAL},
-    {"name": "Llama, all weights", "config": LLAMA | {"num_hidden_layers": 4}, "full": True},
+    {"name": "Llama, all weights", "config": LLAMA | {"num_hidden_layers": 5}, "full": True},
 )  # fmt: skip
 """Settings of the trainings; rank 16 at all linear layers, 2 rows of 256 tokens, float32, unless it says something else."""
 
@@ -164,7 +159,8 @@ def _training(case: dict[str, Any]) -> None:
     from weft.core.bank import attach
     from weft.train.run import Folder
     from weft.train.schedule import Facts, settle
-    from weft.train.session import checkpointing, training_arguments
+    from weft.train.recompute import checkpointing
+    from weft.train.session import training_arguments
     from weft.train.trainer import AdapterTrainer, Setup
 
     recipe = recipe_of(case)
@@ -199,7 +195,7 @@ def _training(case: dict[str, Any]) -> None:
             Trainer(model, arguments, train_dataset=Rows(), data_collator=collate, callbacks=[], compute_loss_func=_loss).train()
             return
         bank = attach(model, {"t": recipe.spec}, seed=0)
-        setup = Setup(bank, "t", schedule, InOrder(Rows()), [], keep=1)
+        setup = Setup(bank, "t", schedule, InOrder(Rows()), [], keep=1, loss_chunk=recipe.loss_chunk)
         silent: list[TrainerCallback] = []
         with checkpointing(model, recipe):
             trainer = AdapterTrainer(model, arguments, setup, train_dataset=Rows(), eval_dataset=None, data_collator=collate, callbacks=silent)
@@ -257,13 +253,15 @@ def _label(case: dict[str, Any]) -> list[Any]:
 
 def measure(shared: Path, folder: Path) -> dict[str, Any]:
     """Plan and measure every case on the CPU."""
-    rows, errors = [], []
+    rows, errors, page = [], [], {}
     for case in (*CASES, THROUGH_TRAIN):
-        plan, real, grown = (_in_its_own_process(case, what) for what in ("planned", "allocated", "resident"))
+        plan, real, grown = planned(case), *(_in_its_own_process(case, what) for what in ("allocated", "resident"))
         errors.append(plan["bytes"] / real - 1)
         rows.append([*_label(case), plan["bytes"] / 1e6, real / 1e6, f"{errors[-1]:+.1%}", grown / 1e6, f"{plan['bytes'] / grown - 1:+.1%}"])
         print(rows[-1], flush=True)
-    return _page(rows, errors, "Planned and measured memory, CPU", "the peak of torch's CPU allocator over two optimizer steps")
+        page = _page(rows, errors, "Planned and measured memory, CPU", "the peak of torch's CPU allocator over two optimizer steps")
+        (folder / "plan.json").write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")  # as far as it is
+    return page
 
 
 def measure_on_gpu(shared: Path, folder: Path) -> dict[str, Any]:

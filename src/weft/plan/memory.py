@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from weft.errors import PlanError
+from weft.errors import PlanError, WeftError
 from weft.plan.course import PARTS, Course, Segment
 from weft.plan.layers import Stacks
 from weft.plan.optimizers import optimizer_bytes
@@ -153,26 +153,27 @@ class Gauge:
             precision=self.precision(recipe),
             accumulates=recipe.accumulation > 1,
             vocabulary=head_sizes(self.subject.config),
+            loss_chunk=recipe.loss_chunk,
             whole=self.whole,
         )
 
     def _course(self, recipe: Recipe, settings: StepSettings) -> Course:
-        key = (settings, recipe.dtype, recipe.gradient_checkpointing, recipe.freeze_below, recipe.loss_chunk)
+        key = (settings, recipe.dtype, recipe.gradient_checkpointing, recipe.freeze_below)
         if key not in self._courses:
             self._courses[key] = self._traced(recipe, settings)
         return self._courses[key]
 
     def _traced(self, recipe: Recipe, settings: StepSettings) -> Course:
         from weft.train.opening import as_before
-        from weft.train.session import checkpointing
+        from weft.train.recompute import checkpointing
 
         built = self.subject.built(recipe)
         try:
             with as_before(built.model), checkpointing(built.model, recipe), self.subject.mode:
-                rows = None if built.bank is None or built.spec is None or not built.spec.dropout else settings.batch.rows
-                return trace(built.model, Stacks.of(built.model, whole=self.whole), settings, built.bank, SLOT, rows)
+                stacks = Stacks.of(built.model, whole=self.whole)
+                return trace(built.model, stacks, settings, built.bank, SLOT)
         except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, AssertionError, AttributeError) as problem:
-            if isinstance(problem, PlanError):
+            if isinstance(problem, WeftError):
                 raise
             raise PlanError(
                 f"the step of a {type(built.model).__name__} can't be followed without data: {type(problem).__name__}: "

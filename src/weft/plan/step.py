@@ -18,6 +18,8 @@ from weft.core.bank import Bank
 from weft.plan.course import PARTS, Course, Segment, Vector, stretch
 from weft.plan.layers import Stacks
 from weft.plan.tape import Tape
+from weft.spec import LoraSpec
+from weft.train.scoring import by_row, keeps_logits, losses, wanted_positions
 
 __all__ = ["Batch", "StepSettings", "batch_of", "trace"]
 
@@ -47,6 +49,7 @@ class StepSettings:
         trains: False: a forward without gradients, as an evaluation does it.
         vocabulary: a tensor of this width is one of logits.
         logits_to_keep: the loss asks for the logits that it needs.
+        loss_chunk: tokens whose logits exist at a time, or None.
         whole: trace every layer.
     """
 
@@ -55,6 +58,7 @@ class StepSettings:
     accumulates: bool = False
     trains: bool = True
     vocabulary: int = 0
+    loss_chunk: int | None = None
     whole: bool = False
 
 
@@ -102,15 +106,13 @@ def _one_label(model: nn.Module) -> bool:
     return "Classification" in type(model).__name__ and "Token" not in type(model).__name__
 
 
-def trace(
-    model: nn.Module, stacks: Stacks, settings: StepSettings, bank: Bank | None = None, slot: str = "", routed: int | None = None
-) -> Course:  # fmt: skip
+def trace(model: nn.Module, stacks: Stacks, settings: StepSettings, bank: Bank | None = None, slot: str = "") -> Course:
     """The course of one step of the whole model.
 
     Args:
         model: of fake tensors, with its adapters and its measures on it; as `stacks` saw it.
         stacks: of the model.
-        bank, slot, routed: route so many rows to the slot, each with a seed, as a training with dropout does; None: don't.
+        bank, slot: the adapter that is trained; without, what requires a gradient is.
     """
     device = str(next(model.parameters()).device.type)
     model.train(settings.trains)
@@ -118,11 +120,12 @@ def trace(
         for parameter in short.parameters():
             parameter.grad = None
         inputs = batch_of(short, settings.batch, device)
+        work = _Work.of(short, settings, bank, slot)
         if settings.accumulates and settings.trains:
-            _run(short, stacks, inputs, settings, Tape(), bank, slot, routed)
+            work.run(stacks, inputs, Tape())
         tape = Tape()
         tape.ignore(_held(short, inputs))
-        marks = _run(short, stacks, inputs, settings, tape, bank, slot, routed)
+        marks = work.run(stacks, inputs, tape)
         segments = _segments(tape, marks, [p.grad for p in short.parameters() if p.grad is not None], settings)
         for parameter in short.parameters():
             parameter.grad = None
@@ -148,32 +151,118 @@ class _Mark:
     phase: str
 
 
-def _run(
-    model: nn.Module, stacks: Stacks, inputs: dict[str, Tensor], settings: StepSettings, tape: Tape, bank: Bank | None, slot: str,
-    routed: int | None,
-) -> list[_Mark]:  # fmt: skip
-    """Forward, loss and backward; gives where what began."""
-    marks = [_Mark(0, 0, None, "forward")]
+@dataclass
+class _Shown:
+    """A bank, as far as its sites are in the shortened model."""
 
-    def mark(layer: tuple[int, int, str] | None, phase: str) -> None:
-        marks.append(_Mark(tape.now, tape.flops, layer, phase))
+    model: nn.Module
+    bank: Bank
 
-    device = next(iter(inputs.values())).device.type
-    route: Any = contextlib.nullcontext()
-    if bank is not None and routed and settings.trains:
-        route = bank.route([slot] * routed, seeds=list(range(routed)))
-    with _marking(model, stacks, marks, mark), route, tape:
-        if not settings.trains:
-            with torch.no_grad(), _autocast(device, settings.precision):
-                _forward(model, inputs, settings)
-            return marks
-        with _autocast(device, settings.precision):
-            loss = _loss(model, inputs, settings, mark)
-        mark(None, "backward")
-        loss.backward()  # type: ignore[no-untyped-call]
-        del loss
-        mark(None, "end")
-    return marks
+    def named_parameters(self, slot: str) -> Iterator[tuple[str, nn.Parameter]]:
+        there = {id(parameter) for parameter in self.model.parameters()}
+        return ((name, found) for name, found in self.bank.named_parameters(slot) if id(found) in there)
+
+    def spec(self, slot: str) -> LoraSpec:
+        return self.bank.spec(slot)
+
+
+@dataclass
+class _Work:
+    """Forward, loss and backward as `AdapterTrainer` does them.
+
+    Attributes:
+        chunked: the loss in parts, or None. seeds: of rows, where dropout draws by row.
+    """
+
+    model: nn.Module
+    settings: StepSettings
+    bank: Bank | None
+    slot: str
+    chunked: Any = None
+    seeds: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module, settings: StepSettings, bank: Bank | None, slot: str) -> _Work:
+        """What a model, a bank and the settings mean."""
+        work = cls(model, settings, bank, slot)
+        if bank is None:
+            return work
+        if settings.loss_chunk is not None:
+            from weft.train.chunked import ChunkedLoss
+
+            with Tape():  # answers what the loss asks of the model
+                shown: Any = _Shown(model, bank)
+                work.chunked = ChunkedLoss(model, shown, slot, settings.loss_chunk)
+        if settings.trains and any(own.dropout for own in bank.spec(slot).everywhere()):
+            work.seeds = tuple(range(settings.batch.rows))
+        return work
+
+    def run(self, stacks: Stacks, inputs: dict[str, Tensor], tape: Tape) -> list[_Mark]:
+        """Forward, loss and backward; gives where what began."""
+        marks = [_Mark(0, 0, None, "forward")]
+
+        def mark(layer: tuple[int, int, str] | None, phase: str) -> None:
+            marks.append(_Mark(tape.now, tape.flops, layer, phase))
+
+        device = next(iter(inputs.values())).device.type
+        route: Any = contextlib.nullcontext()
+        if self.bank is not None and self.seeds:
+            route = self.bank.route([self.slot] * len(self.seeds), seeds=self.seeds)
+        with _marking(self.model, stacks, marks, mark), route, tape:
+            if not self.settings.trains:
+                with torch.no_grad(), _autocast(device, self.settings.precision):
+                    self._score(inputs)
+                return marks
+            with _autocast(device, self.settings.precision):
+                loss = self._loss(inputs, mark)
+            mark(None, "backward")
+            loss.backward()  # type: ignore[no-untyped-call]
+            del loss
+            mark(None, "end")
+        return marks
+
+    def _loss(self, inputs: dict[str, Tensor], mark: Any) -> Tensor:
+        """The loss; models without labels get the mean of their first output."""
+        labels = inputs.get("labels")
+        if self.chunked is not None and labels is not None:
+            with self.chunked.watching():
+                self._forward(inputs)
+                mark(None, "loss")
+                total, count = self.chunked.total(labels)
+                return total / count  # type: ignore[no-any-return]
+        outputs = self._forward(inputs)
+        mark(None, "loss")
+        if labels is None:
+            first = next(value for value in outputs.values() if isinstance(value, Tensor) and value.requires_grad)
+            return first.float().mean()
+        values, _ = losses(outputs.logits, labels)
+        return values.sum() / len(values)
+
+    def _score(self, inputs: dict[str, Tensor]) -> None:
+        """An evaluation of one batch."""
+        labels = inputs.get("labels")
+        if self.chunked is not None and labels is not None:
+            with self.chunked.watching():
+                self._forward(inputs)
+                self.chunked.by_row(labels)
+            return
+        outputs = self._forward(inputs)
+        if labels is not None:
+            by_row(*losses(outputs.logits, labels), len(labels))
+
+    def _forward(self, inputs: dict[str, Tensor]) -> Any:
+        from accelerate.utils.operations import convert_outputs_to_fp32  # type: ignore[import-untyped]
+
+        labels = inputs.get("labels")
+        given: dict[str, Any] = dict(inputs)
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            given.pop("labels", None)
+        if self.chunked is not None:
+            given = self.chunked.prepare(given)
+        elif labels is not None and labels.dim() == 2 and keeps_logits(self.model):
+            given["logits_to_keep"] = wanted_positions(labels)
+        call = convert_outputs_to_fp32(self.model.forward) if self.settings.precision != "no" else self.model
+        return call(**given)
 
 
 @contextlib.contextmanager
@@ -215,35 +304,6 @@ def _autocast(device: str, precision: str) -> contextlib.AbstractContextManager[
     if precision == "no":
         return contextlib.nullcontext()
     return torch.autocast(device, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
-def _loss(model: nn.Module, inputs: dict[str, Tensor], settings: StepSettings, mark: Any) -> Tensor:
-    """The loss as `AdapterTrainer` computes it; models without labels get the mean of their first output."""
-    from weft.train.scoring import losses
-
-    outputs, labels = _forward(model, inputs, settings)
-    mark(None, "loss")
-    if labels is None:
-        first = next(value for value in outputs.values() if isinstance(value, Tensor) and value.requires_grad)
-        return first.float().mean()
-    values, _ = losses(outputs.logits, labels)
-    return values.sum() / len(values)
-
-
-def _forward(model: nn.Module, inputs: dict[str, Tensor], settings: StepSettings) -> tuple[Any, Tensor | None]:
-    from accelerate.utils.operations import convert_outputs_to_fp32  # type: ignore[import-untyped]
-
-    from weft.train.scoring import keeps_logits, wanted_positions
-
-    labels = inputs.get("labels")
-    given: dict[str, Any] = dict(inputs)
-    if labels is not None and labels.dim() == 2 and keeps_logits(model):
-        given["logits_to_keep"] = wanted_positions(labels)
-    encodes_twice = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if not encodes_twice:
-        given.pop("labels", None)
-    call = convert_outputs_to_fp32(model.forward) if settings.precision != "no" else model
-    return call(**given), labels
 
 
 def _segments(tape: Tape, marks: list[_Mark], gradients: list[Tensor], settings: StepSettings) -> list[Segment]:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from weft.core.bank import Bank
 from weft.core.slots import Slot
-from weft.errors import SpecError
 from weft.models.attach import attach
 from weft.plan.layers import Stacks
 from weft.plan.skeleton import in_fake_mode, skeleton
 from weft.spec import LoraSpec
 from weft.train.opening import with_head
 from weft.train.recipe import Recipe
+from weft.train.recompute import above
 
 __all__ = ["SLOT", "Built", "Counts", "Subject"]
 
@@ -112,7 +112,7 @@ class Subject:
         if spec is None:
             model.requires_grad_(True)
         else:
-            spec = _without_low(with_head(spec, model) if self.labels is not None else spec, recipe.freeze_below, model)
+            spec = above(model, with_head(spec, model) if self.labels is not None else spec, recipe.freeze_below)
             bank = attach(model, {SLOT: spec.replace(init="kaiming")})
             _start_products(bank, spec)
         counts = _count(model, bank, base)
@@ -120,17 +120,6 @@ class Subject:
         with self.mode:
             in_fake_mode(model, fake)
         return Built(model, bank, spec, counts)
-
-
-def _without_low(spec: LoraSpec, below: int | None, model: nn.Module) -> LoraSpec:
-    """The spec without sites in the layers under a number."""
-    if not below:
-        return spec
-    depth = max((len(stack.layers) for stack in Stacks.of(model).stacks), default=0)
-    kept = tuple(layer for layer in (spec.layers or range(depth)) if layer >= below)
-    if not kept:
-        raise SpecError(f"freeze_below={below} leaves none of the {depth} layers to adapt; lower it")
-    return spec.replace(layers=kept)
 
 
 def _start_products(bank: Bank, spec: LoraSpec) -> None:
