@@ -58,7 +58,15 @@ def recipe_of(case: dict[str, Any]) -> Any:
     """The case's recipe, spec included."""
     from weft import Recipe
 
-    changes = {"max_steps": 2, "rank": 16, "targets": "all-linear", "batch_size": 2, "patience": 0, "device": "cpu", "log_every": 1}
+    changes = {
+        "max_steps": 2,
+        "rank": 16,
+        "targets": "all-linear",
+        "batch_size": 2,
+        "patience": 0,
+        "device": "cpu",
+        "log_every": 1,
+    }
     if "rows" in case:
         changes["batch_size"] = case["rows"]
     if "rank" in case:
@@ -109,7 +117,9 @@ def resident(work: Callable[[], object]) -> int:
 
 
 def _status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith(name))
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -129,9 +139,22 @@ METERS = {"allocated": allocated, "resident": resident, "gpu": on_gpu}
 def run_one(case: dict[str, Any], meter: str) -> int:
     """Measure one training in this process, after a small one of the same kind that loads all libraries."""
     config = case["config"]
-    small = {"hidden_size": 64, "n_embd": 96, "vocab_size": 256, "intermediate_size": 64, "num_hidden_layers": 1, "n_layer": 1}
-    tiny = config | {name: value for name, value in small.items() if name in config} | ({"head_dim": 8} if "head_dim" in config else {})
-    tiny |= {name: 4 for name in ("num_attention_heads",) if name in config} | {name: 2 for name in ("num_key_value_heads",) if name in config}
+    small = {
+        "hidden_size": 64,
+        "n_embd": 96,
+        "vocab_size": 256,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "n_layer": 1,
+    }
+    tiny = (
+        config
+        | {name: value for name, value in small.items() if name in config}
+        | ({"head_dim": 8} if "head_dim" in config else {})
+    )
+    tiny |= {name: 4 for name in ("num_attention_heads",) if name in config} | {
+        name: 2 for name in ("num_key_value_heads",) if name in config
+    }
     _training({**case, "config": tiny, "rows": 1, "seq": 8})
     if case.get("train"):
         with tempfile.TemporaryDirectory() as folder:
@@ -157,9 +180,9 @@ def _training(case: dict[str, Any]) -> None:
     from transformers import Trainer, TrainerCallback
 
     from weft.core.bank import attach
+    from weft.train.recompute import checkpointing
     from weft.train.run import Folder
     from weft.train.schedule import Facts, settle
-    from weft.train.recompute import checkpointing
     from weft.train.session import training_arguments
     from weft.train.trainer import AdapterTrainer, Setup
 
@@ -192,13 +215,23 @@ def _training(case: dict[str, Any]) -> None:
         arguments.save_strategy = "no"  # type: ignore[assignment]
         if case.get("full"):
             model.requires_grad_(True)
-            Trainer(model, arguments, train_dataset=Rows(), data_collator=collate, callbacks=[], compute_loss_func=_loss).train()
+            Trainer(
+                model, arguments, train_dataset=Rows(), data_collator=collate, callbacks=[], compute_loss_func=_loss
+            ).train()
             return
         bank = attach(model, {"t": recipe.spec}, seed=0)
         setup = Setup(bank, "t", schedule, InOrder(Rows()), [], keep=1, loss_chunk=recipe.loss_chunk)
         silent: list[TrainerCallback] = []
         with checkpointing(model, recipe):
-            trainer = AdapterTrainer(model, arguments, setup, train_dataset=Rows(), eval_dataset=None, data_collator=collate, callbacks=silent)
+            trainer = AdapterTrainer(
+                model,
+                arguments,
+                setup,
+                train_dataset=Rows(),
+                eval_dataset=None,
+                data_collator=collate,
+                callbacks=silent,
+            )
             trainer.train()
 
 
@@ -257,10 +290,26 @@ def measure(shared: Path, folder: Path) -> dict[str, Any]:
     for case in (*CASES, THROUGH_TRAIN):
         plan, real, grown = planned(case), *(_in_its_own_process(case, what) for what in ("allocated", "resident"))
         errors.append(plan["bytes"] / real - 1)
-        rows.append([*_label(case), plan["bytes"] / 1e6, real / 1e6, f"{errors[-1]:+.1%}", grown / 1e6, f"{plan['bytes'] / grown - 1:+.1%}"])
+        rows.append(
+            [
+                *_label(case),
+                plan["bytes"] / 1e6,
+                real / 1e6,
+                f"{errors[-1]:+.1%}",
+                grown / 1e6,
+                f"{plan['bytes'] / grown - 1:+.1%}",
+            ]
+        )
         print(rows[-1], flush=True)
-        page = _page(rows, errors, "Planned and measured memory, CPU", "the peak of torch's CPU allocator over two optimizer steps")
-        (folder / "plan.json").write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")  # as far as it is
+        page = _page(
+            rows,
+            errors,
+            "Planned and measured memory, CPU",
+            "the peak of torch's CPU allocator over two optimizer steps",
+        )
+        (folder / "plan.json").write_text(
+            json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )  # as far as it is
     return page
 
 
@@ -272,7 +321,9 @@ def measure_on_gpu(shared: Path, folder: Path) -> dict[str, Any]:
         plan, real = (_in_its_own_process(case, what) for what in ("planned", "gpu"))
         errors.append(plan["bytes"] / real - 1)
         rows.append([*_label(case), plan["bytes"] / 1e6, real / 1e6, f"{errors[-1]:+.1%}", None, None])
-    return _page(rows, errors, "Planned and measured memory, GPU", "torch.cuda.max_memory_allocated over two optimizer steps")
+    return _page(
+        rows, errors, "Planned and measured memory, GPU", "torch.cuda.max_memory_allocated over two optimizer steps"
+    )
 
 
 def _page(rows: list[Any], errors: list[float], title: str, measured: str) -> dict[str, Any]:
@@ -283,7 +334,18 @@ def _page(rows: list[Any], errors: list[float], title: str, measured: str) -> di
         f"process of its own. Measured: {measured}; beside it the growth of the process' resident memory over the same, which also holds "
         "what the allocator of C keeps and what libraries load late. Planned: `weft plan`'s figure without the overhead of the process, "
         "from the configuration alone. Megabytes are 10^6 bytes",
-        "columns": ["model", "rank", "rows × tokens", "dtype", "more", "planned, MB", "measured, MB", "error", "resident, MB", "error"],
+        "columns": [
+            "model",
+            "rank",
+            "rows × tokens",
+            "dtype",
+            "more",
+            "planned, MB",
+            "measured, MB",
+            "error",
+            "resident, MB",
+            "error",
+        ],
         "rows": rows,
         "summary": f"{inside} of {len(errors)} within 10 %; largest error {max(map(abs, errors)):.1%}",
     }

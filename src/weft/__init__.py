@@ -65,6 +65,7 @@ __all__ = [
     "load",
     "load_base",
     "merge",
+    "plan",
     "prove",
     "shrink",
     "stream",
@@ -97,6 +98,7 @@ _HOME = {
     "load": "weft.formats",
     "load_base": "weft.models.load",
     "merge": "weft.core.merge",
+    "plan": "weft.plan",
     "prove": "weft.train",
     "shrink": "weft.compose",
     "stream": "weft.train",
@@ -111,7 +113,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(_HOME[name])
-    if name == "train":  # the package can be called: weft.train(...) trains, weft.train.Sampling is still found
+    if name in ("plan", "train"):  # the package can be called: weft.train(...) trains, weft.train.Sampling is still found
         return module
     value = globals()[name] = getattr(module, name)
     return value

@@ -30,6 +30,7 @@ __all__ = ["VERBS", "app", "run"]
 
 VERBS = (
     "demo",
+    "plan",
     "train",
     "train-many",
     "eval",

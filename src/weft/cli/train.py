@@ -11,7 +11,7 @@ from weft.cli.options import Base, Columns, Dtype, Json, Kind, Quiet, Usage, col
 from weft.cli.quiet import show_remarks
 
 if TYPE_CHECKING:
-    from weft.train import Run
+    from weft.train import Recipe, Run
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -46,6 +46,12 @@ def train(
     columns: Columns = None,
     kind: Kind = None,
     dtype: Dtype = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            "--fit", metavar="SIZE", help="Choose the cheapest measures that fit this much memory, as in 24GiB."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that stands in --out.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -56,6 +62,10 @@ def train(
         raise Usage("give --out runs/NAME for a new run, or --resume runs/NAME to go on with one")
     if resume is not None and overwrite:
         raise Usage("--resume goes on with a run and --overwrite removes it; give one of them")
+    if resume is not None and fit is not None:
+        raise Usage(
+            "--resume goes on with the recipe of the run, so --fit has nothing to choose; leave one of them out"
+        )
     if resume is None and data is None:
         raise Usage("give --data FILE, the examples to learn from")
     if not quiet:
@@ -67,11 +77,14 @@ def train(
     changes = {name: value for name, value in named.items() if value is not None}
     given = recipe is not None or bool(assignments) or bool(changes)
     chosen = Recipe.load(recipe) if recipe is not None else Recipe()
+    settled = chosen.replace(**changes).set(assignments or ()) if given else None
+    if fit is not None:
+        settled = _fitted(base, settled or Recipe(), fit, quiet)
     run = run_training(
         base=base,
         data=data,
         eval_data=held_out(evaluation),
-        recipe=chosen.replace(**changes).set(assignments or ()) if given else None,
+        recipe=settled,
         out=folder,
         resume=resume is not None,
         overwrite=overwrite,
@@ -82,6 +95,18 @@ def train(
     show.result(run.report.text())
     show.remark(f"\nwritten: {run.path}/ (adapter, report.md, curve.svg, log.jsonl, recipe.yaml, checkpoints)", quiet)
     show.remark(f"next:    {_next(run)}", quiet)
+
+
+def _fitted(base: str | None, recipe: Recipe, size: str, quiet: bool) -> Recipe:
+    """The recipe with the cheapest measures that fit, said."""
+    from weft import plan
+    from weft.plan.sizes import in_words
+
+    found = plan(base, recipe=recipe, budget=size, full=False, table=False)
+    changed = ", ".join(f"{name}={value}" for name, value in found.changes.items() if name != "spec")
+    takes = f"planned: {in_words(found.bytes.total)} of {in_words(found.budget)}, rows of {found.seq_len} tokens"
+    show.remark(f"{takes}; " + (f"chosen: {changed}" if changed else "it fits as it is"), quiet)
+    return found.recipe
 
 
 def _next(run: Run) -> str:

@@ -70,7 +70,12 @@ class Stacks:
     def shortened(self) -> Iterator[nn.Module]:
         """The model with the kept layers alone; lists in its configuration that go by layer are shortened too."""
         configs = _configs(self.model)
-        saved = [(config, name, value) for config in configs for name, value in vars(config).items() if isinstance(value, list)]
+        saved = [
+            (config, name, value)
+            for config in configs
+            for name, value in vars(config).items()
+            if isinstance(value, list)
+        ]
         try:
             for stack in self.stacks:
                 stack.owner._modules[stack.name] = nn.ModuleList([stack.layers[index] for index in stack.kept])
@@ -134,8 +139,13 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
         plain = {
             name: value
             for name, value in vars(module).items()
-            if isinstance(value, bool | int | float | str) and name not in ("layer_idx", "layer_id", "layer_index", "training")
+            if isinstance(value, bool | int | float | str)
+            and name not in ("layer_idx", "layer_id", "layer_index", "training")
         }
-        shapes = [(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in module._parameters.items() if p is not None]
+        shapes = [
+            (name, tuple(p.shape), str(p.dtype), p.requires_grad)
+            for name, p in module._parameters.items()
+            if p is not None
+        ]
         parts.append((path, module.__class__.__qualname__, tuple(sorted(plain.items(), key=str)), tuple(shapes)))
     return tuple(parts)

@@ -109,16 +109,6 @@ class Gauge:
             flops=course.flops() * recipe.accumulation, forward_flops=course.flops("forward", "loss") * recipe.accumulation, **parts,
         )  # fmt: skip
 
-    def evaluation(self, recipe: Recipe) -> int:
-        """Bytes at the highest moment of an evaluation between two steps."""
-        built, device = self.subject.built(recipe), self.subject.device
-        rows = recipe.eval_batch_size or 2 * recipe.batch_size
-        settings = dataclasses.replace(self._settings(recipe), trains=False, accumulates=False, batch=Batch(rows, self.seq_len, self.padded))
-        peak = self._course(recipe, settings).peak()
-        state, _ = optimizer_bytes(built.trained, recipe.optimizer, device)
-        weights, unpacked = self.weights(recipe)
-        return weights + built.counts.factors + state + int(peak.total) + unpacked + _overhead(device)
-
     def least(self, recipe: Recipe) -> int:
         """Bytes that are there before any step: weights, factors, optimizer state, overhead."""
         built, device = self.subject.built(recipe), self.subject.device
@@ -172,7 +162,15 @@ class Gauge:
             with as_before(built.model), checkpointing(built.model, recipe), self.subject.mode:
                 stacks = Stacks.of(built.model, whole=self.whole)
                 return trace(built.model, stacks, settings, built.bank, SLOT)
-        except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, AssertionError, AttributeError) as problem:
+        except (
+            RuntimeError,
+            IndexError,
+            ValueError,
+            TypeError,
+            NotImplementedError,
+            AssertionError,
+            AttributeError,
+        ) as problem:
             if isinstance(problem, WeftError):
                 raise
             raise PlanError(

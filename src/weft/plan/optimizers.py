@@ -82,5 +82,3 @@ def _kind(name: str) -> tuple[Any, dict[str, Any]]:
                 f"optimizer={name!r} needs a library that is not here, so its state can't be counted: {problem}"
             ) from problem
     return found
-
-

@@ -93,7 +93,9 @@ def skeleton(config: Any, *, dtype: torch.dtype | None = None, labels: int | Non
         with torch.device("meta"):
             model: nn.Module = _class_of(config, labels is not None)._from_config(config, dtype=wanted)
     except _FOREIGN as problem:
-        raise BaseError(f"no {config.model_type} model can be made of this configuration: {_first(problem)}") from problem
+        raise BaseError(
+            f"no {config.model_type} model can be made of this configuration: {_first(problem)}"
+        ) from problem
     return model.requires_grad_(False)
 
 
@@ -150,5 +152,3 @@ def head_sizes(config: Any) -> int:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = getattr(text, "vocab_size", 0)
     return int(found) if isinstance(found, int) else 0
-
-

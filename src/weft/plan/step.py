@@ -19,7 +19,7 @@ from weft.plan.course import PARTS, Course, Segment, Vector, stretch
 from weft.plan.layers import Stacks
 from weft.plan.tape import Tape
 from weft.spec import LoraSpec
-from weft.train.scoring import by_row, keeps_logits, losses, wanted_positions
+from weft.train.scoring import keeps_logits, losses, wanted_positions
 
 __all__ = ["Batch", "StepSettings", "batch_of", "trace"]
 
@@ -46,7 +46,6 @@ class StepSettings:
         batch: of one forward.
         precision: ``"no"``, ``"bf16"`` or ``"fp16"``: autocast.
         accumulates: gradients of an earlier forward are there already.
-        trains: False: a forward without gradients, as an evaluation does it.
         vocabulary: a tensor of this width is one of logits.
         logits_to_keep: the loss asks for the logits that it needs.
         loss_chunk: tokens whose logits exist at a time, or None.
@@ -56,7 +55,6 @@ class StepSettings:
     batch: Batch
     precision: str = "no"
     accumulates: bool = False
-    trains: bool = True
     vocabulary: int = 0
     loss_chunk: int | None = None
     whole: bool = False
@@ -115,13 +113,13 @@ def trace(model: nn.Module, stacks: Stacks, settings: StepSettings, bank: Bank |
         bank, slot: the adapter that is trained; without, what requires a gradient is.
     """
     device = str(next(model.parameters()).device.type)
-    model.train(settings.trains)
+    model.train()
     with stacks.shortened() as short, _mask_made(settings.batch.padded):
         for parameter in short.parameters():
             parameter.grad = None
         inputs = batch_of(short, settings.batch, device)
         work = _Work.of(short, settings, bank, slot)
-        if settings.accumulates and settings.trains:
+        if settings.accumulates:
             work.run(stacks, inputs, Tape())
         tape = Tape()
         tape.ignore(_held(short, inputs))
@@ -193,7 +191,7 @@ class _Work:
             with Tape():  # answers what the loss asks of the model
                 shown: Any = _Shown(model, bank)
                 work.chunked = ChunkedLoss(model, shown, slot, settings.loss_chunk)
-        if settings.trains and any(own.dropout for own in bank.spec(slot).everywhere()):
+        if any(own.dropout for own in bank.spec(slot).everywhere()):
             work.seeds = tuple(range(settings.batch.rows))
         return work
 
@@ -209,10 +207,6 @@ class _Work:
         if self.bank is not None and self.seeds:
             route = self.bank.route([self.slot] * len(self.seeds), seeds=self.seeds)
         with _marking(self.model, stacks, marks, mark), route, tape:
-            if not self.settings.trains:
-                with torch.no_grad(), _autocast(device, self.settings.precision):
-                    self._score(inputs)
-                return marks
             with _autocast(device, self.settings.precision):
                 loss = self._loss(inputs, mark)
             mark(None, "backward")
@@ -237,18 +231,6 @@ class _Work:
             return first.float().mean()
         values, _ = losses(outputs.logits, labels)
         return values.sum() / len(values)
-
-    def _score(self, inputs: dict[str, Tensor]) -> None:
-        """An evaluation of one batch."""
-        labels = inputs.get("labels")
-        if self.chunked is not None and labels is not None:
-            with self.chunked.watching():
-                self._forward(inputs)
-                self.chunked.by_row(labels)
-            return
-        outputs = self._forward(inputs)
-        if labels is not None:
-            by_row(*losses(outputs.logits, labels), len(labels))
 
     def _forward(self, inputs: dict[str, Tensor]) -> Any:
         from accelerate.utils.operations import convert_outputs_to_fp32  # type: ignore[import-untyped]

@@ -144,7 +144,9 @@ def _count(model: nn.Module, bank: Bank | None, base: set[int]) -> Counts:
     added = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in base]
     stacks = Stacks.of(model).stacks
     layers = [
-        sum(_bytes(tensor) for tensor in layer.parameters() if id(tensor) in base) for stack in stacks for layer in stack.layers
+        sum(_bytes(tensor) for tensor in layer.parameters() if id(tensor) in base)
+        for stack in stacks
+        for layer in stack.layers
     ]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head and id(m.weight) in base]

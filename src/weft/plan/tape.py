@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 __all__ = ["Storage", "Tape"]
 
+
 @dataclass(slots=True)
 class Storage:
     """One piece of memory.
