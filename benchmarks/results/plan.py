@@ -155,12 +155,12 @@ def run_one(case: dict[str, Any], meter: str) -> int:
     tiny |= {name: 4 for name in ("num_attention_heads",) if name in config} | {
         name: 2 for name in ("num_key_value_heads",) if name in config
     }
-    _training({**case, "config": tiny, "rows": 1, "seq": 8})
+    run_once({**case, "config": tiny, "rows": 1, "seq": 8})
     if case.get("train"):
         with tempfile.TemporaryDirectory() as folder:
             base = _saved(case["config"], Path(folder))
             return METERS[meter](lambda: _through_train(case, base, Path(folder)))
-    return METERS[meter](lambda: _training(case))
+    return METERS[meter](lambda: run_once(case))
 
 
 def _model(config: dict[str, Any], dtype: str) -> Any:
@@ -174,7 +174,7 @@ def _model(config: dict[str, Any], dtype: str) -> Any:
     return model.requires_grad_(False)
 
 
-def _training(case: dict[str, Any]) -> None:
+def run_once(case: dict[str, Any]) -> None:
     """Two optimizer steps of the real trainer, on random tokens."""
     import torch
     from transformers import Trainer, TrainerCallback

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from weft.many import train_many
     from weft.models.attach import attach
     from weft.models.load import load_base
+    from weft.plan import plan
     from weft.spec import LoraSpec
     from weft.store import Store
     from weft.train import Evaluation, Recipe, Run, evaluate, generate, prove, stream, train

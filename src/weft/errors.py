@@ -17,6 +17,7 @@
     │   └── ImageError       an image that can't be found, opened or decoded
     ├── RecipeError          an unknown key, a wrong type or a contradiction in a recipe     (also a ValueError)
     ├── PlanError            a budget, size or question that a plan can't read or meet       (also a ValueError)
+    │   └── BudgetError      a budget that no combination of measures meets
     ├── RunError             a run folder that can't be used as asked
     │   └── RunStoppedError  a training that was asked to stop; it can go on
     ├── StoreError           a store, a name or a version that can't be used as asked
@@ -38,6 +39,7 @@ __all__ = [
     "BankError",
     "BaseError",
     "BaseMismatchError",
+    "BudgetError",
     "DamagedError",
     "DataError",
     "FormatError",
@@ -141,6 +143,10 @@ class RecipeError(WeftError, ValueError):
 
 class PlanError(WeftError, ValueError):
     """A budget or size that can't be read, or that can't be met; or a question that a plan can't answer."""
+
+
+class BudgetError(PlanError):
+    """A budget that no combination of measures meets; says by how much, and what would help most."""
 
 
 class RunError(WeftError):

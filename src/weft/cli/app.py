@@ -18,6 +18,7 @@ from weft import __version__
 from weft.cli.options import Usage
 from weft.cli.quiet import debugging, quiet_libraries, show_remarks
 from weft.errors import (
+    BudgetError,
     DamagedError,
     MergeError,
     NotFiniteError,
@@ -44,7 +45,7 @@ VERBS = (
     "store",
 )
 
-FAILURES = (DamagedError, MergeError, NotFiniteError, RequirementError, RunStoppedError)
+FAILURES = (BudgetError, DamagedError, MergeError, NotFiniteError, RequirementError, RunStoppedError)
 """What can happen although all that was asked for was right: exit status 1. Every other WeftError: 2."""
 
 _INTERRUPTED = 130

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from weft.errors import PlanError, WeftError
+from weft.errors import BudgetError, WeftError
 from weft.plan.memory import Gauge, Memory
 from weft.plan.sizes import in_words
 from weft.train.recipe import Recipe
@@ -140,7 +140,7 @@ def choose(gauge: Gauge, recipe: Recipe, budget: int, known: list[Measure]) -> t
         the recipe with its measures, and its memory.
 
     Raises:
-        PlanError: none fits; says by how much the smallest fails, and what would help most.
+        BudgetError: none fits; says by how much the smallest fails, and what would help most.
     """
     axes = _axes(gauge, recipe, known)
     everything = sorted(itertools.product(*axes), key=lambda found: sum(option.price for option in found))
@@ -159,7 +159,7 @@ def choose(gauge: Gauge, recipe: Recipe, budget: int, known: list[Measure]) -> t
     least = gauge.memory(strongest)
     if smallest is not None and smallest[1].total < least.total:
         strongest, least = smallest
-    raise PlanError(_too_small(gauge, recipe, strongest, least, budget))
+    raise BudgetError(_too_small(gauge, recipe, strongest, least, budget))
 
 
 def _axes(gauge: Gauge, recipe: Recipe, known: list[Measure]) -> list[list[_Option]]:

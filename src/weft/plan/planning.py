@@ -121,7 +121,8 @@ def plan(
         padded: rows of a batch differ in length, so that an attention mask is made.
 
     Raises:
-        PlanError: a size that can't be read; a budget that can't be met, with by how much; a model that can't be followed without data.
+        PlanError: a size that can't be read; a model that can't be followed without data.
+        BudgetError: a budget that can't be met; says by how much.
         BaseError: no configuration. TargetError: the spec matches nothing.
 
     Example:

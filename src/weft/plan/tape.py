@@ -134,6 +134,10 @@ def _assumed(func: Any, args: Any, kwargs: Any) -> Any:
         return aten.index.Tensor(args[0], [part for index in args[1] for part in _places(index)])
     if func is aten._local_scalar_dense.default and not args[0].dtype.is_floating_point:
         return True if args[0].dtype == torch.bool else _LARGEST
+    if func is aten._grouped_mm.default:  # torch's own shape function refuses float32, which its kernel takes
+        left, right = args[:2]
+        groups = () if left.dim() == right.dim() + 1 or right.dim() == left.dim() + 1 else (len(args[2]),)
+        return left.new_empty((*groups, *left.shape[-2:-1], right.shape[-1]))
     if func is aten.equal.default:
         return args[0].shape == args[1].shape
     if func is aten.is_nonzero.default:
