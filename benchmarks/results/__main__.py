@@ -11,7 +11,20 @@ import os
 import sys
 from pathlib import Path
 
-from benchmarks.results import cifar, cotraining, e2e, growth, medical, mixing, page, plan, ranks, shakespeare, sst2, users
+from benchmarks.results import (
+    cifar,
+    cotraining,
+    e2e,
+    growth,
+    medical,
+    mixing,
+    page,
+    plan,
+    ranks,
+    shakespeare,
+    sst2,
+    users,
+)
 
 HERE = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("WEFT_SHARED", HERE.parent / "shared"))
@@ -27,13 +40,14 @@ PARTS = {
     "ranks": ranks.measure,
     "growth": growth.measure,
     "plan": plan.measure,
+    "plan-resident": plan.measure_resident,
     "plan-gpu": plan.measure_on_gpu,
 }
 
 
 def main() -> None:
     """Run the parts that were named."""
-    names = sys.argv[1:] or [name for name in PARTS if name != "plan-gpu"]
+    names = sys.argv[1:] or [name for name in PARTS if name not in ("plan-resident", "plan-gpu")]
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         raise SystemExit(f"unknown part {unknown[0]!r}; there are {', '.join(PARTS)}")

@@ -146,7 +146,7 @@ def plan(
     chosen, found = (recipe, given) if limit is None or given.total <= limit else choose(gauge, recipe, limit, known)
     whole = None
     if full:
-        plain = recipe.replace(quantize=None, freeze_below=None, loss_chunk=None, offload=[])
+        plain = chosen.replace(quantize=None, freeze_below=None, loss_chunk=None, offload=[])
         whole = Gauge(Subject(config, None, where, labels), length, padded).memory(plain)
     speed = calibrate(where, gauge.precision(chosen), chosen.dtype) if measure else None
     return Plan(
