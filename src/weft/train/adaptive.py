@@ -35,6 +35,7 @@ class GrowOnPlateau:
         patience: evaluations without progress before a growth.
         min_change: smallest progress, as a share of the metric (0.01: one percent).
         cooldown: evaluations after a growth that don't count as stagnant.
+        until: share of the run after which nothing grows: a falling learning rate ends all progress, and new directions would learn little.
         warmup: optimizer steps after a growth in which the learning rate rises from next to nothing to the schedule's.
 
     Raises:
@@ -48,6 +49,7 @@ class GrowOnPlateau:
     patience: int = 2
     min_change: float = 0.01
     cooldown: int = 0
+    until: float = 0.75
     warmup: int = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +62,7 @@ class GrowOnPlateau:
                 "patience": (_whole(1), "a whole number of at least 1"),
                 "min_change": (lambda v: _is_number(v) and 0 <= v < 1, "a share from 0 to below 1, as in 0.01"),
                 "cooldown": (_whole(0), "a whole number of at least 0"),
+                "until": (lambda v: _is_number(v) and 0 < v <= 1, "a share above 0, at most 1"),
                 "warmup": (_whole(0), "a whole number of at least 0"),
             },
         )

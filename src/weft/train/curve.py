@@ -63,7 +63,7 @@ def loss_curve(lines: Iterable[Mapping[str, Any]], title: str, best_step: int | 
     ]
     shown = [(color, text) for color, text, there in legend if there]
     for i, (color, text) in enumerate(shown):
-        x = WIDTH - RIGHT - 140 * (len(shown) - i)
+        x = WIDTH - RIGHT - (140 if len(shown) < 4 else 122) * (len(shown) - i)
         body.append(f'<rect x="{x}" y="{HEIGHT - 14}" width="14" height="4" fill="{color}"/>')
         body.append(f'<text x="{x + 20}" y="{HEIGHT - 8}" font-size="12" fill="{INK}">{escape(text)}</text>')
     return _document(body)

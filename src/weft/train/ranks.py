@@ -181,7 +181,7 @@ class Growing(Ranks):
         else:
             self.waited += 1
         wanted = any(item.early_stopping_patience_counter >= item.early_stopping_patience for item in self._stopping())
-        if not self._agreed(self.waited >= self.plan.patience or wanted) or step >= self.trainer.state.max_steps:
+        if not self._agreed(self.waited >= self.plan.patience or wanted) or step >= self._last_step():
             return
         slots = self.bank.slots(self.slot)
         new = {path: self._possible(path, *found) for path, found in slots.items()}
@@ -223,6 +223,11 @@ class Growing(Ranks):
         """The schedule's rate again."""
         for group, rate in zip(self.trainer.optimizer.param_groups if self._rates else (), self._rates, strict=True):
             group["lr"] = rate
+
+    def _last_step(self) -> float:
+        """The step from which nothing grows any more."""
+        total = float(self.trainer.state.max_steps)
+        return total if self.plan.until == 1 else self.plan.until * total
 
     def _is_progress(self, value: float) -> bool:
         if self.best is None:

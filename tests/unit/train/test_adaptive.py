@@ -50,6 +50,7 @@ def test_assignments_reach_into_the_section() -> None:
         ({"kind": "grow", "max_ranks": 4}, "Did you mean 'max_rank'"),
         ({"kind": "grow", "factor": 1.0}, "above 1"),
         ({"kind": "grow", "factor": 2, "add": 2}, "give one of them"),
+        ({"kind": "grow", "until": 0}, "at most 1"),
         ({"kind": "grow", "max_rank": True}, "whole number"),
         ({"kind": "budget", "warmup": 0.5, "final": 0.5}, "no steps in between"),
         ({"kind": "budget", "min_rank": 9}, "above target_rank"),
