@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from weft.many import train_many
     from weft.models.attach import attach
     from weft.models.load import load_base
+    from weft.models.two_tower import TwoTower
     from weft.plan import plan
     from weft.spec import LoraSpec
     from weft.store import Store
@@ -54,6 +55,7 @@ __all__ = [
     "Run",
     "ShrinkBySpectrum",
     "Store",
+    "TwoTower",
     "WeftError",
     "__version__",
     "attach",
@@ -88,6 +90,7 @@ _HOME = {
     "Run": "weft.train",
     "ShrinkBySpectrum": "weft.train.adaptive",
     "Store": "weft.store",
+    "TwoTower": "weft.models.two_tower",
     "WeftError": "weft.errors",
     "attach": "weft.models.attach",
     "combine": "weft.compose",
@@ -114,7 +117,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(_HOME[name])
-    if name in ("plan", "train"):  # the package can be called: weft.train(...) trains, weft.train.Sampling is still found
+    if name in (
+        "plan",
+        "train",
+    ):  # the package can be called: weft.train(...) trains, weft.train.Sampling is still found
         return module
     value = globals()[name] = getattr(module, name)
     return value

@@ -7,13 +7,29 @@ from typing import Annotated, Any
 import typer
 
 from weft.cli import show
-from weft.cli.options import AdapterOption, Base, Columns, Dtype, Json, Kind, OtherBase, Quiet, columns_of
+from weft.cli.options import (
+    AdapterOption,
+    Base,
+    Columns,
+    Dtype,
+    Images,
+    Json,
+    Kind,
+    OtherBase,
+    Quiet,
+    Usage,
+    columns_of,
+)
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 @app.command()
 def evaluate(
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN]", help="A run folder; needed for one that was trained on texts and images."),
+    ] = None,
     base: Base = None,
     adapter: AdapterOption = None,
     data: Annotated[
@@ -26,6 +42,16 @@ def evaluate(
     tokens: Annotated[
         int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer in tokens.")
     ] = 128,
+    images: Images = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes", metavar="A,B,…", help="Names for zero-shot classification; default: the data's labels."
+        ),
+    ] = None,
+    template: Annotated[
+        str, typer.Option("--template", metavar="TEXT", help="What is said of a class, {} is its name.")
+    ] = "a photo of a {}",
     columns: Columns = None,
     kind: Kind = None,
     dtype: Dtype = None,
@@ -35,8 +61,22 @@ def evaluate(
 ) -> None:
     """Compare base and adapter on examples.
 
-    Loss and perplexity; exact match, BLEU and ROUGE of generated answers; accuracy and F1 of classifications.
+    Of texts and images: recall at 1, 5 and 10 both ways, and zero-shot accuracy with class prompts. Else
+    loss and perplexity; exact match, BLEU and ROUGE of generated answers; accuracy and F1 of classifications.
     """
+    if run is not None and adapter is not None:
+        raise Usage("give the run, or --adapter; one of them")
+    if run is not None:
+        from weft.train.pair_evaluation import evaluate_pairs, is_pair_run
+
+        if is_pair_run(run):
+            names = None if classes is None else [name.strip() for name in classes.split(",") if name.strip()]
+            pairs = evaluate_pairs(
+                run, data, images=images, classes=names, template=template, columns=columns_of(columns), dtype=dtype,
+                allow_other_base=other, progress=show.progress(quiet),
+            )  # fmt: skip
+            return show.as_json(pairs.to_dict()) if json else show.result(pairs.text())
+        adapter = run
     from weft import evaluate as run_evaluation
 
     found = run_evaluation(

@@ -12,6 +12,7 @@ __all__ = [
     "Base",
     "Columns",
     "Dtype",
+    "Images",
     "Json",
     "Kind",
     "OtherBase",
@@ -47,7 +48,7 @@ Kind = Annotated[
     typer.Option(
         "--task",
         metavar="KIND",
-        help="What the examples are, where it isn't recognised: chat, completion, classification, text.",
+        help="What the examples are, where it isn't recognised: chat, completion, classification, text, contrastive, fused.",
     ),
 ]
 Dtype = Annotated[
@@ -58,6 +59,10 @@ Dtype = Annotated[
 ]
 OtherBase = Annotated[
     bool, typer.Option("--allow-other-base", help="Use an adapter although it was made for another base.")
+]
+Images = Annotated[
+    str | None,
+    typer.Option("--images", metavar="DIR", help="Folder that paths of images begin in; default: that of the data."),
 ]
 Out = Annotated[str, typer.Option("--out", metavar="DIR", help="Directory to write; must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

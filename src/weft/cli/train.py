@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weft.cli import show
-from weft.cli.options import Base, Columns, Dtype, Json, Kind, Quiet, Usage, columns_of, held_out
+from weft.cli.options import Base, Columns, Dtype, Images, Json, Kind, Quiet, Usage, columns_of, held_out
 from weft.cli.quiet import show_remarks
 
 if TYPE_CHECKING:
@@ -25,6 +25,13 @@ EPILOG = (
 @app.command(epilog=EPILOG)
 def train(
     base: Base = None,
+    text_base: Annotated[
+        str | None, typer.Option("--text-base", metavar="DIR", help="Text encoder, for --task contrastive and fused.")
+    ] = None,
+    vision_base: Annotated[
+        str | None, typer.Option("--vision-base", metavar="DIR", help="Vision model, for --task contrastive and fused.")
+    ] = None,
+    images: Images = None,
     data: Annotated[
         str | None, typer.Option("--data", metavar="DATA", help="JSON lines, CSV, Parquet, text, or a hub data set.")
     ] = None,
@@ -68,6 +75,8 @@ def train(
         )
     if resume is None and data is None:
         raise Usage("give --data FILE, the examples to learn from")
+    if (text_base is None) != (vision_base is None) or (text_base is not None and base is not None):
+        raise Usage("give --text-base and --vision-base, two towers; or --base, one model")
     if not quiet:
         show_remarks()
     from weft import Recipe
@@ -81,7 +90,8 @@ def train(
     if fit is not None:
         settled = _fitted(base, settled or Recipe(), fit, quiet)
     run = run_training(
-        base=base,
+        base=base if text_base is None else {"text_model": text_base, "vision_model": vision_base},
+        images=images,
         data=data,
         eval_data=held_out(evaluation),
         recipe=settled,
@@ -113,6 +123,8 @@ def _next(run: Run) -> str:
     """What to type with the new adapter."""
     from weft.models.source import EMBEDDED
 
+    if run.report.data.get("train", {}).get("kind") in ("contrastive", "fused"):
+        return f"{show.command('weft', 'eval', str(run.path))} --data FILE --images DIR"
     origin = run.adapter.provenance.base
     base = () if origin is None or origin.name in (None, EMBEDDED) else ("--base", origin.name)
     classifies = run.report.data.get("train", {}).get("kind") == "classification"

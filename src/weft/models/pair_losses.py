@@ -31,7 +31,7 @@ def gathered(rows: Tensor) -> Tensor:
         return rows
     from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(list(all_gather(rows)))
+    return torch.cat(list(all_gather(rows)))  # type: ignore[no-untyped-call]
 
 
 def gather_ids(ids: Tensor) -> Tensor:

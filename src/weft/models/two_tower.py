@@ -159,7 +159,7 @@ class TwoTower(nn.Module):
         self.features_from = _where(vision_model, features)
         widths = text_width or _width(text_model, "text_model"), vision_width or self._vision_width()
         with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.text_projection = nn.Linear(widths[0], dim, bias=False)
             self.vision_projection = nn.Linear(widths[1], dim, bias=False)
             self.temperature = (
@@ -300,7 +300,7 @@ def _where(model: nn.Module, features: str | None) -> str:
         return "get_features"
     linear = [path for path, module in paths.items() if isinstance(module, nn.Linear)]
     if linear and linear[-1].partition(".")[0] in _CLASSIFIERS:
-        return linear[-1]
+        return str(linear[-1])
     if hasattr(model, "config") and hasattr(type(model), "from_pretrained"):
         return "states"
     return "output"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ __all__ = [
     "with_head",
 ]
 
-BaseLike = str | os.PathLike[str] | tuple[nn.Module, Any] | None
+BaseLike = str | os.PathLike[str] | tuple[nn.Module, Any] | Mapping[str, Any] | None
 
 
 def open_base(
@@ -47,6 +47,10 @@ def open_base(
     Raises:
         BaseError: it can't be loaded; or a pair whose model has another number of labels.
     """
+    if isinstance(base, Mapping):
+        raise BaseError(
+            "two towers are trained with kind='contrastive' or 'fused' (--task), and evaluated with their run: weft eval RUN"
+        )
     if isinstance(base, tuple):
         model, tokenizer = base
         there = getattr(getattr(model, "config", None), "num_labels", None)

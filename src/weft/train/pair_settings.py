@@ -9,7 +9,7 @@ from typing import Any
 
 from weft.errors import RecipeError, did_you_mean
 
-__all__ = ["PAIR_KINDS", "PairSettings", "TowerSettings", "pair_settings"]
+__all__ = ["PAIR_KINDS", "TOWERS", "PairSettings", "TowerSettings", "pair_settings"]
 
 PAIR_KINDS = ("contrastive", "fused")
 """Kinds of training over text and image: compare them, or classify them together."""
@@ -66,7 +66,9 @@ class PairSettings:
 
     def __post_init__(self) -> None:
         if isinstance(self.augment, str | list):
-            object.__setattr__(self, "augment", (self.augment,) if isinstance(self.augment, str) else tuple(self.augment))
+            object.__setattr__(
+                self, "augment", (self.augment,) if isinstance(self.augment, str) else tuple(self.augment)
+            )
         for name in TOWERS:
             if isinstance(getattr(self, name), Mapping):
                 object.__setattr__(self, name, _section(TowerSettings, getattr(self, name), f"two_tower.{name}"))
@@ -75,8 +77,16 @@ class PairSettings:
             ("fusion", self.fusion in _FUSIONS, f"one of {', '.join(_FUSIONS)}"),
             ("loss", self.loss in ("softmax", "sigmoid"), "softmax or sigmoid"),
             ("duplicates", self.duplicates in ("targets", "mask", "ignore"), "targets, mask or ignore"),
-            ("modality_dropout", _is_number(self.modality_dropout) and 0 <= self.modality_dropout < 1, "a number in [0, 1)"),
-            ("image_size", self.image_size is None or _is_count(self.image_size), "a whole number of at least 1, or null"),
+            (
+                "modality_dropout",
+                _is_number(self.modality_dropout) and 0 <= self.modality_dropout < 1,
+                "a number in [0, 1)",
+            ),
+            (
+                "image_size",
+                self.image_size is None or _is_count(self.image_size),
+                "a whole number of at least 1, or null",
+            ),
             ("augment", all(isinstance(item, str) for item in self.augment), "a list of names"),
             ("features", self.features is None or isinstance(self.features, str), "the path of a module, or null"),
             ("heads_learning_rate", _is_rate(self.heads_learning_rate), "a number above 0, or null"),
@@ -86,8 +96,14 @@ class PairSettings:
                 raise RecipeError(f"Recipe.two_tower.{name}: got {getattr(self, name)!r}; expected {expected}")
         for name in TOWERS:
             tower = getattr(self, name)
-            if not isinstance(tower, TowerSettings) or not _is_rate(tower.learning_rate) or not isinstance(tower.frozen, bool):
-                raise RecipeError(f"Recipe.two_tower.{name}: got {tower!r}; expected learning_rate (a number above 0) and frozen (true or false)")
+            if (
+                not isinstance(tower, TowerSettings)
+                or not _is_rate(tower.learning_rate)
+                or not isinstance(tower.frozen, bool)
+            ):
+                raise RecipeError(
+                    f"Recipe.two_tower.{name}: got {tower!r}; expected learning_rate (a number above 0) and frozen (true or false)"
+                )
             if tower.frozen and tower.learning_rate is not None:
                 raise RecipeError(f"Recipe.two_tower.{name}: frozen, and with a learning rate; drop one of them")
 
@@ -119,12 +135,16 @@ def _section(kind: Any, values: Any, where: str) -> Any:
         raise RecipeError(f"Recipe.{where}: got {values!r}; expected a section with {', '.join(known)}")
     for name in values:
         if name not in known:
-            raise RecipeError(f"Recipe.{where} has no field {name!r}.{did_you_mean(str(name), known)} Fields: {', '.join(known)}")
+            raise RecipeError(
+                f"Recipe.{where} has no field {name!r}.{did_you_mean(str(name), known)} Fields: {', '.join(known)}"
+            )
     return kind(**values)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+    )
 
 
 def _is_rate(value: Any) -> bool:

@@ -62,6 +62,11 @@ class LogWriter(TrainerCallback):
             self.tokens_per_second = (self.tokens - self._first_tokens) / max(self.seconds, 1e-9)
             row = {new: logs[old] for old, new in RENAMED.items() if old in logs}
             row |= {"tokens_per_second": round(speed, 1)}
+            row |= {
+                name: value
+                for name, value in logs.items()
+                if name.startswith(("grad_norm_", "spread_")) or name == "scale"
+            }
         elif any(name.startswith("eval_") for name in logs):
             row = {
                 name: value for name, value in logs.items() if name.startswith("eval_") and not name.endswith("_second")

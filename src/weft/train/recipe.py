@@ -19,11 +19,12 @@ from weft.errors import RecipeError, SpecError, did_you_mean
 from weft.spec import LoraSpec
 from weft.train.adaptive import Adaptive, adaptive_from, to_section
 from weft.train.measures import OFFLOADED, QUANTIZED, RECOMPUTED, check_measures
+from weft.train.pair_settings import PAIR_KINDS, PairSettings, pair_settings
 from weft.train.yaml12 import dump, parse, parse_file
 
 __all__ = ["BATCHING", "KINDS", "METRICS", "PRECISIONS", "SCHEDULES", "Recipe"]
 
-KINDS = ("auto", "chat", "completion", "classification", "text")
+KINDS = ("auto", "chat", "completion", "classification", "text", *PAIR_KINDS)
 SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt", "polynomial")
 BATCHING = ("length", "packed", "random")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
@@ -32,6 +33,7 @@ METRICS = {
     "eval_perplexity": "lower",
     "eval_accuracy": "higher",
     "eval_macro_f1": "higher",
+    "eval_recall_at_1": "higher",
 }
 """Every metric that a training reports at an evaluation, and which direction is better."""
 
@@ -85,6 +87,8 @@ class Recipe:
             ``{kind: grow, max_rank: 64}``; None: they stay.
         workers: processes that prepare batches; 0: the training process does.
         device: ``"auto"`` or ``"cpu"``.
+        two_tower: how texts and images are brought together, for ``kind="contrastive"`` and ``"fused"``: a
+            `weft.train.pair_settings.PairSettings`, or a section with its fields.
         report_to: trackers beside the run folder's own log: ``tensorboard``, ``wandb``, ``trackio`` …
 
     Raises:
@@ -138,6 +142,7 @@ class Recipe:
     device: str = "auto"
     report_to: tuple[str, ...] = ()
     adaptive: Adaptive | None = None
+    two_tower: PairSettings | None = None
 
     def __hash__(self) -> int:
         return hash(repr(self.to_dict()))
@@ -152,6 +157,8 @@ class Recipe:
         if isinstance(given["spec"], Mapping):
             object.__setattr__(self, "spec", _spec(given["spec"]))
         object.__setattr__(self, "adaptive", adaptive_from(self.adaptive))
+        if isinstance(self.two_tower, Mapping):
+            object.__setattr__(self, "two_tower", pair_settings(self.two_tower))
         for name, (holds, expected) in _RULES.items():
             value = getattr(self, name)
             if not holds(value):
@@ -187,8 +194,15 @@ class Recipe:
             if not inner:
                 changes[head] = parsed
                 continue
+            if head in _SECTIONS:
+                own = self.two_tower.to_dict() if head == "two_tower" and self.two_tower is not None else None
+                own = (self.spec or LoraSpec()).to_dict()["towers"] if head == "towers" else own
+                changes[head] = _nested(changes.get(head, own), inner.split("."), parsed)
+                continue
             if head not in _MAPPINGS:
-                raise RecipeError(f"{name!r}: {head!r} has no inner keys; only {', '.join(_MAPPINGS)} and spec have")
+                raise RecipeError(
+                    f"{name!r}: {head!r} has no inner keys; only {', '.join((*_MAPPINGS, *_SECTIONS))} and spec have"
+                )
             before = changes.get(head, self._section(head)) or {}
             before = {"kind": before} if isinstance(before, str) else before
             changes[head] = {**before, inner: parsed}
@@ -205,6 +219,7 @@ class Recipe:
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["spec"] = self.spec.to_dict() if self.spec is not None else None
         values["report_to"], values["offload"] = list(self.report_to), list(self.offload)
+        values["two_tower"] = self.two_tower.to_dict() if self.two_tower is not None else None
         values["columns"] = dict(self.columns) if self.columns is not None else None
         values["adaptive"] = to_section(self.adaptive)
         return values
@@ -282,6 +297,16 @@ def _merge(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return {**merged, "spec": section or None}
 
 
+def _nested(before: Any, path: list[str], value: Any) -> dict[str, Any]:
+    """A section with one value changed, however deep; alpha follows a rank that it was equal to."""
+    section = dict(before) if isinstance(before, Mapping) else {}
+    if len(path) > 1:
+        return {**section, path[0]: _nested(section.get(path[0]), path[1:], value)}
+    if path[0] == "rank" and section.get("alpha") == section.get("rank"):
+        section.pop("alpha", None)
+    return {**section, path[0]: value}
+
+
 def _number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[Any], bool]:
     def holds(value: Any) -> bool:
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -317,6 +342,7 @@ def _is_recomputation(value: Any) -> bool:
 
 
 _MAPPINGS = ("rank_pattern", "alpha_pattern", "columns", "adaptive")
+_SECTIONS = ("two_tower", "towers")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _ALLOWED = {"kind": KINDS, "schedule": SCHEDULES, "batching": BATCHING, "mixed_precision": PRECISIONS, "dtype": _DTYPES,
             "device": ("auto", "cpu"), "metric": tuple(METRICS), "quantize": QUANTIZED, "gradient_checkpointing": RECOMPUTED}  # fmt: skip
@@ -349,6 +375,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "quantize": (_or_none(_one_of(QUANTIZED)), f"one of {', '.join(QUANTIZED)}, or null"),
     "metric": (_or_none(_one_of(METRICS)), f"a metric that a training reports: {', '.join(METRICS)}"),
     "patience": (_or_none(_whole(0)), "a whole number of at least 0"),
+    "two_tower": (_or_none(lambda value: isinstance(value, PairSettings)), "a section with fields of PairSettings"),
     "seed": (_whole(0), "a whole number of at least 0"),
     "gradient_checkpointing": (_is_recomputation, f"true, false, a number of layers, or {RECOMPUTED[0]!r}"),
     "reentrant": (_is_bool, "true or false"),
@@ -406,8 +433,16 @@ def _check_contradictions(recipe: Recipe) -> None:
         raise RecipeError(
             f"metric={recipe.metric!r} decides nothing with best=false and no patience; drop it, or set best=true"
         )
-    classifies = METRICS.get(recipe.best_metric) == "higher"
-    if classifies and recipe.kind not in ("auto", "classification"):
+    if recipe.two_tower is not None and recipe.kind not in PAIR_KINDS:
+        raise RecipeError(
+            f"two_tower is for kind={' or '.join(PAIR_KINDS)}, and the recipe's kind is {recipe.kind!r}; say kind='contrastive'"
+        )
+    classifies = recipe.best_metric in ("eval_accuracy", "eval_macro_f1")
+    if recipe.metric == "eval_recall_at_1" and recipe.kind != "contrastive":
+        raise RecipeError(
+            f"metric='eval_recall_at_1' is reported for kind='contrastive' alone, and the recipe's kind is {recipe.kind!r}"
+        )
+    if classifies and recipe.kind not in ("auto", "classification", "fused"):
         raise RecipeError(
             f"metric={recipe.metric!r} is never reported for kind={recipe.kind!r}; expected eval_loss or eval_perplexity"
         )

@@ -202,12 +202,8 @@ def _check(recipe: Recipe, facts: Facts) -> None:
                 raise RecipeError(
                     f"{name}={value!r} needs evaluation data, and there is none; give eval_data (--eval FILE)"
                 )
-    classifies = facts.kind == "classification"
-    reported = [
-        name
-        for name, better in METRICS.items()
-        if (classifies or better == "lower") and not (classifies and "perplexity" in name)
-    ]
+    classifies = facts.kind in ("classification", "fused")
+    reported = [name for name, better in METRICS.items() if _reports(facts.kind, name, better)]
     if recipe.best_metric not in reported:
         raise RecipeError(
             f"metric={recipe.best_metric!r} is never reported for {facts.kind} data; expected one of {', '.join(reported)}"
@@ -216,3 +212,12 @@ def _check(recipe: Recipe, facts: Facts) -> None:
         raise RecipeError(
             "batching='packed' puts several examples in a row, and classification has one label a row; use 'length'"
         )
+
+
+def _reports(kind: str, metric: str, better: str) -> bool:
+    """Whether trainings of this kind report a metric."""
+    if kind == "contrastive":
+        return metric in ("eval_loss", "eval_recall_at_1")
+    if kind in ("classification", "fused"):
+        return metric not in ("eval_perplexity", "eval_recall_at_1")
+    return better == "lower"

@@ -21,6 +21,7 @@ from weft.errors import MissingDependencyError, RecipeError, did_you_mean
 from weft.train import checkpoints
 from weft.train.inputs import Features, Inputs
 from weft.train.offload import Parked, kept_away
+from weft.train.pair_settings import PAIR_KINDS
 from weft.train.progress import LogWriter, Progress, StopOnSignal, say
 from weft.train.quantized import unsaid
 from weft.train.ranks import ranks_for
@@ -116,7 +117,7 @@ class Session:
             schedule=self.schedule,
             sampler=self.inputs.sampler(self.recipe, processes),
             eval_order=self.inputs.eval_order(),
-            classifies=self.inputs.train.kind == "classification",
+            classifies=self.inputs.train.kind in ("classification", "fused"),
             lora_plus_ratio=self.recipe.lora_plus_ratio,
             snapshot=self.snapshot,
             keep=self.recipe.keep,
@@ -128,7 +129,7 @@ class Session:
             placed=self.parked is not None,
         )
         evaluated = self.inputs.evaluated
-        trainer = AdapterTrainer(
+        trainer = self._kind_of_trainer()(
             self.model,
             self.args,
             setup,
@@ -174,6 +175,16 @@ class Session:
             elif self.parked is not None:
                 stack.enter_context(self.parked.noting())
             yield
+
+    def _kind_of_trainer(self) -> type[AdapterTrainer]:
+        """For pairs of texts and images one that knows towers."""
+        if self.recipe.kind not in PAIR_KINDS:
+            return AdapterTrainer
+        from weft.train.pair_inputs import settings_of
+        from weft.train.pair_trainer import FusedTrainer, PairTrainer
+
+        parent = PairTrainer if self.recipe.kind == "contrastive" else FusedTrainer
+        return type(parent.__name__, (parent,), {"settings": settings_of(self.recipe)})
 
     def _train(self, trainer: AdapterTrainer, stop: StopOnSignal) -> None:
         last = checkpoints.newest(self.folder.checkpoints)
@@ -306,8 +317,9 @@ def check_names(recipe: Recipe) -> None:
 
 def plain_metrics(metrics: dict[str, Any]) -> dict[str, float]:
     """Metrics without prefix and without timings."""
-    kept = ("loss", "perplexity", "accuracy", "macro_f1")
-    return {name: float(metrics[f"eval_{name}"]) for name in kept if f"eval_{name}" in metrics}
+    kept = ("loss", "perplexity", "accuracy", "macro_f1", "recall_at_1")
+    ways = tuple(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
+    return {name: float(metrics[f"eval_{name}"]) for name in (*kept, *ways) if f"eval_{name}" in metrics}
 
 
 def _is_end(checkpoint: Path, schedule: Schedule) -> bool:

@@ -34,6 +34,8 @@ from weft.train.ends import unlearned_end
 from weft.train.inputs import Inputs, Texts, prepare, read
 from weft.train.offload import Parked
 from weft.train.opening import BaseLike, as_before, open_base, with_head
+from weft.train.pair_inputs import PairTexts, check_pair_base, open_towers, pair_spec, prepare_pairs, read_pairs
+from weft.train.pair_settings import PAIR_KINDS
 from weft.train.progress import say
 from weft.train.proof import make_proof
 from weft.train.quantized import quantise, require
@@ -70,6 +72,7 @@ def train(
     spec: LoraSpec | None = None,
     recipe: Recipe | None = None,
     adaptive: Adaptive | None = None,
+    images: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str],
     resume: bool = False,
     overwrite: bool = False,
@@ -79,9 +82,11 @@ def train(
 
     Args:
         base: a directory in Hugging Face layout, a hub id, None for the embedded base, or a (model, tokenizer) pair,
-            which is given back as it was.
+            which is given back as it was. For ``kind="contrastive"`` and ``"fused"`` two of them,
+            ``{"text_model": …, "vision_model": …}``, or one CLIP-like base.
         data: a path, a hub data set, or a list of dicts; the kind is recognised, see `weft.data.load_examples`.
         eval_data: the same for the evaluation; or a share of the training data to hold out, as in 0.1; or None.
+        images: the folder that paths of images in the data begin in; None: that of the data.
         spec: what to adapt and how; may be in the recipe instead. For a classification the head is added.
         recipe: how to train; None: the stable defaults.
         adaptive: ranks that change while it trains: `GrowOnPlateau`, `BudgetRanks` or `ShrinkBySpectrum`; may be in the recipe instead.
@@ -107,9 +112,9 @@ def train(
     call = _Call(Folder(out), resume, overwrite, progress)
     recipe = with_adaptive(recipe, adaptive)
     job = (
-        call.resumed(base, data, eval_data, spec, recipe)
+        call.resumed(base, data, eval_data, spec, recipe, images)
         if resume
-        else _Job(base, data, eval_data, one_recipe(spec, recipe))
+        else _Job(base, data, eval_data, one_recipe(spec, recipe), images)
     )
     if resume and call.folder.finished:
         return Run.open(out)
@@ -118,6 +123,8 @@ def train(
     check_names(job.recipe)
     if job.recipe.quantize:
         require(job.recipe.quantize)
+    if job.recipe.kind in PAIR_KINDS or isinstance(job.base, Mapping):
+        return _train_pairs(call, job)
     texts = read(job.recipe, job.data, job.eval_data)
     call.say(texts.train.summary(), *([texts.evaluated.summary()] if texts.evaluated else []))
     model, tokenizer = open_base(job.base, labels=texts.train.labels or None, dtype=dtype_of(job.recipe))
@@ -133,6 +140,7 @@ class _Job:
     data: Any
     eval_data: Any
     recipe: Recipe
+    images: Any = None
 
     @property
     def spec(self) -> LoraSpec:
@@ -140,7 +148,7 @@ class _Job:
 
     def names(self) -> dict[str, Any]:
         """How to find base and data again; objects can't be."""
-        named = {"base": self.base, "data": self.data, "eval_data": self.eval_data}
+        named = {"base": self.base, "data": self.data, "eval_data": self.eval_data, "images": self.images}
         return {name: name_of(value) for name, value in named.items()}
 
 
@@ -163,21 +171,29 @@ class _Call:
         if self.main and self.progress is not False:
             say(*lines)
 
-    def resumed(self, base: BaseLike, data: Any, eval_data: Any, spec: LoraSpec | None, recipe: Recipe | None) -> _Job:
+    def resumed(
+        self,
+        base: BaseLike,
+        data: Any,
+        eval_data: Any,
+        spec: LoraSpec | None,
+        recipe: Recipe | None,
+        images: Any = None,
+    ) -> _Job:
         """The job of a run folder, with what the caller gives again for what can't be written down."""
         folder = self.folder.require()
         stored = folder.read_environment().get("inputs", {})
         saved = Recipe.load(folder.recipe)
         if spec is not None or recipe is not None:
             _check_recipe(folder, saved, one_recipe(spec, recipe))
-        given: dict[str, Any] = {"base": base, "data": data, "eval_data": eval_data}
+        given: dict[str, Any] = {"base": base, "data": data, "eval_data": eval_data, "images": images}
         for name, value in given.items():
             if value is None and stored.get(name) == OBJECT:
                 raise RunError(
                     f"{folder.root}: this run's {name} was an object, which can't be read from the folder; give {name} again"
                 )
             given[name] = stored.get(name) if value is None else value
-        return _Job(given["base"], given["data"], given["eval_data"], saved)
+        return _Job(given["base"], given["data"], given["eval_data"], saved, given["images"])
 
     def start(self, recipe: Recipe, environment: dict[str, Any]) -> Any:
         """Make the folder, or bring the log of a killed run back to its newest checkpoint. Returns the lock."""
@@ -199,10 +215,26 @@ class _Call:
         return lock
 
 
-def _train(call: _Call, job: _Job, texts: Texts, model: nn.Module, tokenizer: Any) -> Run:
+def _train_pairs(call: _Call, job: _Job) -> Run:
+    """Texts and images: two towers, or a CLIP-like model."""
+    check_pair_base(job.recipe, job.base)
+    pairs = read_pairs(job.recipe, job.data, job.eval_data, job.images)
+    call.say(pairs.train.summary(), *([pairs.evaluated.summary()] if pairs.evaluated else []))
+    model, processor = open_towers(
+        job.recipe, job.base, len(pairs.train.labels) or None if pairs.kind == "fused" else None, dtype_of(job.recipe)
+    )
+    with as_before(model):
+        return _train(call, job, pairs, model, processor)
+
+
+def _train(call: _Call, job: _Job, texts: Texts | PairTexts, model: nn.Module, tokenizer: Any) -> Run:
     recipe, folder = job.recipe, call.folder
-    inputs = prepare(recipe, texts, model, tokenizer)
-    spec = with_head(job.spec, model) if inputs.train.kind == "classification" else job.spec
+    inputs: Any
+    if isinstance(texts, PairTexts):
+        inputs, spec = prepare_pairs(recipe, texts, model, tokenizer), pair_spec(recipe, job.spec, model)
+    else:
+        inputs = prepare(recipe, texts, model, tokenizer)
+        spec = with_head(job.spec, model) if inputs.train.kind == "classification" else job.spec
     if recipe.adaptive is not None:
         check_spec(recipe.adaptive, spec)
     schedule = settle(recipe, facts_of(inputs, model, recipe, spec))
@@ -328,7 +360,8 @@ def _result(bank: Bank, trained: Adapter, inputs: Inputs, provenance: Provenance
     came = dataclasses.replace(provenance, evaluation=evaluation, base=trained.provenance.base)
     if provenance.recipe and provenance.recipe.get("quantize"):
         return trained.replace(provenance=came)  # answers of the quantised base would prove nothing on the stored one
-    return trained.replace(provenance=came, proof=make_proof(bank.model, inputs.evaluated or inputs.train))
+    proof = {} if inputs.train.kind in PAIR_KINDS else make_proof(bank.model, inputs.evaluated or inputs.train)
+    return trained.replace(provenance=came, proof=proof)
 
 
 def _report(
@@ -452,6 +485,9 @@ def name_of(value: Any) -> Any:
     """A path (absolute where it is one), a hub id or a number, as it can be written down."""
     if value is None or isinstance(value, float):
         return value
+    if isinstance(value, Mapping):
+        named = {name: name_of(part) for name, part in value.items()}
+        return OBJECT if OBJECT in named.values() else named
     if not isinstance(value, str | os.PathLike):
         return OBJECT
     text = os.fspath(value)

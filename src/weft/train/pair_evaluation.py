@@ -1,0 +1,165 @@
+"""`evaluate_pairs`: how well a trained pair of towers finds images by text and texts by image, and names what it was not trained to name."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from weft.data.pairs import PairCollator, PairFeatures, Pairs, load_pairs
+from weft.errors import DataError, RunError
+from weft.train.bars import counter
+from weft.train.evaluation import Evaluation
+from weft.train.metrics import accuracy, macro_f1
+from weft.train.pair_inputs import PairProcessor, open_towers, transform_of
+from weft.train.pair_settings import PAIR_KINDS
+from weft.train.pair_trainer import compared
+from weft.train.recipe import Recipe
+from weft.train.retrieval import recalls
+from weft.train.run import Folder
+
+__all__ = ["TEMPLATE", "evaluate_pairs", "is_pair_run"]
+
+TEMPLATE = "a photo of a {}"
+
+
+def is_pair_run(path: str | os.PathLike[str] | None) -> bool:
+    """Whether a folder is a run that was trained on texts and images."""
+    recipe = Path(path or "-") / "recipe.yaml"
+    return recipe.is_file() and Recipe.load(recipe).kind in PAIR_KINDS
+
+
+def evaluate_pairs(
+    run: str | os.PathLike[str],
+    data: Any,
+    *,
+    images: str | os.PathLike[str] | None = None,
+    base: Any = None,
+    classes: Sequence[str] | None = None,
+    template: str = TEMPLATE,
+    columns: Mapping[str, str] | None = None,
+    batch_size: int = 64,
+    dtype: str | None = None,
+    allow_other_base: bool = False,
+    progress: bool | None = None,
+) -> Evaluation:
+    """Evaluate a run of ``kind="contrastive"`` or ``"fused"``, before and after training.
+
+    Args:
+        run: the run folder.
+        data, images, columns: as in `weft.train`.
+        base: the towers, where the run's were objects or stand elsewhere now.
+        classes: names for zero-shot classification; None: those of the data's labels, if it has any.
+        template: what is said of a class, with ``{}`` for its name.
+        batch_size: pairs in one forward.
+        allow_other_base: use the adapter on towers with another fingerprint.
+
+    Returns:
+        Metrics by name: ``image_to_text_r1`` …, ``recall_at_1``, ``zero_shot_accuracy`` (0 to 1); or ``accuracy`` and ``macro_f1``.
+
+    Raises:
+        RunError: no finished run on pairs. DataError: see `weft.data.pairs.load_pairs`; a class that the data don't have.
+        BaseMismatchError: the towers are others than those of the run.
+    """
+    from weft.formats import load
+    from weft.models.attach import attach
+
+    folder = Folder(run).require()
+    recipe = Recipe.load(folder.recipe)
+    if recipe.kind not in PAIR_KINDS:
+        raise RunError(
+            f"{run}: trained with kind={recipe.kind!r}, not on texts and images; weft eval --adapter {run} evaluates it"
+        )
+    if "{}" not in template:
+        raise DataError(f"template={template!r}: expected a text with {{}} for the name of the class")
+    adapter = load(folder.adapter)
+    base = folder.read_environment().get("inputs", {}).get("base") if base is None else base
+    if base is None or (isinstance(base, str) and base == "(given)"):
+        raise RunError(
+            f"{run}: its towers were objects, which can't be read from the folder; give base={{'text_model': …, 'vision_model': …}}"
+        )
+    labels = next((list(part["labels"]) for part in adapter.provenance.data if part.get("labels")), None)
+    fused = recipe.kind == "fused"
+    pairs = load_pairs(data, images, columns=columns, labelled=fused, labels=labels if fused else None)
+    model, processor = open_towers(recipe, base, len(labels or ()) if fused else None, dtype)
+    sides = []
+    with attach(model, {}) as bank:
+        bank.load("run", adapter, allow_other_base=allow_other_base)
+        for name in (None, "run"):
+            bank.use(name)
+            with counter("before" if name is None else "after", len(pairs), progress) as tick:
+                sides.append(_measured(model, processor, recipe, pairs, classes, template, batch_size, tick))
+    facts = {"source": pairs.source, "digest": pairs.digest, "summary": pairs.summary()}
+    return Evaluation(sides[0], sides[1], recipe.kind, len(pairs), digest=adapter.digest, data=facts, notes=pairs.notes)
+
+
+@torch.no_grad()
+def _measured(
+    model: nn.Module, processor: PairProcessor, recipe: Recipe, pairs: Pairs, classes: Sequence[str] | None, template: str, batch_size: int,
+    tick: Any,
+) -> dict[str, float]:  # fmt: skip
+    """One side."""
+    length = recipe.max_length or 128
+    ids = [list(processor.tokenizer(text, truncation=True, max_length=length)["input_ids"]) for text in pairs.texts]
+    features = PairFeatures(pairs, ids, transform_of(processor), recipe.kind)
+    collate = PairCollator(processor.tokenizer.pad_token_id or 0, recipe.kind == "fused")
+    model.eval()
+    texts, images, predicted = [], [], []
+    for start in range(0, len(features), batch_size):
+        batch = collate([features[index] for index in range(start, min(start + batch_size, len(features)))])
+        rows = len(batch.pop("labels"))
+        batch.pop("image_ids", None)
+        outputs = model(**batch)
+        if recipe.kind == "fused":
+            predicted += outputs.logits.argmax(1).tolist()
+        else:
+            text, image, _, _ = compared(model, outputs)
+            texts.append(text)
+            images.append(image)
+        tick(rows)
+    if recipe.kind == "fused":
+        return {
+            "accuracy": accuracy(predicted, list(pairs.classes)),
+            "macro_f1": macro_f1(predicted, list(pairs.classes)),
+        }
+    found = recalls(torch.cat(texts), torch.cat(images), pairs.text_ids, pairs.image_ids)
+    names = list(classes or pairs.labels)
+    if names and pairs.labels:
+        found["zero_shot_accuracy"] = _zero_shot(
+            model, processor, pairs, torch.cat(images), features, collate, names, template
+        )
+    return found
+
+
+def _zero_shot(
+    model: nn.Module, processor: PairProcessor, pairs: Pairs, images: Tensor, features: PairFeatures, collate: PairCollator, names: list[str],
+    template: str,
+) -> float:  # fmt: skip
+    """Share of images whose class has the nearest prompt."""
+    odd = sorted(set(pairs.labels) - set(names))
+    if odd:
+        raise DataError(
+            f"{pairs.source}: the label {odd[0]!r} is none of the classes {json.dumps(names, ensure_ascii=False)[:200]}"
+        )
+    pixels = features.pixels(0)
+    rows = [
+        {
+            "input_ids": processor.tokenizer(template.format(name))["input_ids"],
+            "pixel_values": pixels,
+            "labels": 0,
+            "image_ids": 0,
+        }
+        for name in names
+    ]
+    batch = collate(rows)
+    batch.pop("labels")
+    batch.pop("image_ids")
+    prompts, _, _, _ = compared(model, model(**batch))
+    nearest = (images @ prompts.T).argmax(1).tolist()
+    wanted = [names.index(pairs.labels[index]) for index in pairs.classes]
+    return accuracy(nearest, wanted)
