@@ -20,15 +20,15 @@ from typing import Any
 __all__ = ["CASES", "measure", "measure_on_gpu"]
 
 LLAMA: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6,
-    "num_key_value_heads": 3, "vocab_size": 12000, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 12000, "max_position_embeddings": 2048, "tie_word_embeddings": False,
 }  # fmt: skip
 QWEN = LLAMA | {"model_type": "qwen2", "vocab_size": 32000, "tie_word_embeddings": True, "num_hidden_layers": 5}
 GPT2: dict[str, Any] = {
     "model_type": "gpt2", "n_embd": 384, "n_layer": 6, "n_head": 6, "vocab_size": 12000, "n_positions": 1024,
 }  # fmt: skip
 MIXTRAL = LLAMA | {
-    "model_type": "mixtral", "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_local_experts": 4,
+    "model_type": "mixtral", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_local_experts": 4,
     "num_attention_heads": 6, "num_experts_per_tok": 2,
 }  # fmt: skip
 
@@ -280,7 +280,7 @@ def _label(case: dict[str, Any]) -> list[Any]:
     more += ["rows of two lengths"] if case.get("padded") else []
     rank = None if case.get("full") else recipe.spec.rank
     dtype = recipe.dtype if recipe.dtype != "auto" else "float32"
-    return [case["name"], rank, f"{recipe.batch_size} × {case.get('seq', 256)}", dtype, ", ".join(more)]
+    return [case["name"], rank, f"{recipe.batch_size} × {case.get('seq', 192)}", dtype, ", ".join(more)]
 
 
 def measure(shared: Path, folder: Path) -> dict[str, Any]:
