@@ -75,7 +75,7 @@ TASKS = (
     Task("tinyshakespeare", "embedded", "text/tinyshakespeare.txt", "", 1000, 60,
          {"batch_size": 4, "max_length": 96, "max_steps": 40, "kind": "text"}, developed=True),
     Task("gsm8k", "embedded", "gsm8k/train.jsonl", "gsm8k/test.jsonl", 1000, 30,
-         {"batch_size": 4, "max_length": 160, "max_steps": 24}),
+         {"batch_size": 4, "max_length": 160, "max_steps": 24}, developed=True),
     Task("e2e, 64 examples", "stories260k", "e2e/train.jsonl", "e2e/valid.jsonl", 64, 60,
          {"batch_size": 8, "max_length": 320, "max_steps": 32}, developed=True),
     Task("medical_zh", "embedded", "medical_zh/train.jsonl", "medical_zh/valid.jsonl", 1000, 30,

@@ -8,6 +8,7 @@ import typer
 
 from weft.cli import show
 from weft.cli.options import Dtype, Json, Quiet
+from weft.cli.plan_data import Advised
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -59,6 +60,16 @@ def plan(
             "--save", metavar="FILE", help="Write the recipe with the chosen measures, for weft train --recipe."
         ),
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="DATA", help="Recommend rank and learning rate for these examples; loads the base."
+        ),
+    ] = None,
+    sites: Annotated[
+        str | None,
+        typer.Option("--sites", metavar="SIZE", help="With --data: spend so many bytes, as in 8MiB, on ranks by site."),
+    ] = None,
     dtype: Dtype = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -70,15 +81,24 @@ def plan(
     named = {"rank": rank, "targets": _targets(targets), "batch_size": batch, "dtype": dtype}
     changes = {name: value for name, value in named.items() if value is not None}
     chosen = (Recipe.load(recipe) if recipe is not None else Recipe()).replace(**changes).set(assignments or ())
+    advised: Advised | None = None
+    if data is not None or sites is not None:
+        show.remark("looking at the data, and at the base's gradients on the first batches …", quiet)
+        advised = Advised(base, data, sites, chosen, own_rank=rank is not None)
+        chosen = advised.recipe
     show.remark("following a step of this model on tensors without data …", quiet)
     found = make_plan(
         base, recipe=chosen, seq_len=seq, budget=fit, device=device, measure=measure, full=not brief, table=not brief
     )
     if save is not None:
         found.recipe.save(save)
+    if advised is not None:
+        advised.timed(found.seconds)
     if json:
-        return show.as_json(found.to_dict())
+        return show.as_json(found.to_dict() | (advised.to_dict() if advised is not None else {}))
     show.result(found.text())
+    if advised is not None:
+        show.result(f"\n{advised.text()}")
     if save is not None:
         show.remark(f"\nwritten: {save}; next: weft train --recipe {save} …", quiet)
 

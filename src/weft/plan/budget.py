@@ -23,7 +23,7 @@ ITEMSIZE = 4
 """Bytes of a number of the factors: weft trains and saves them in float32."""
 
 _FAINT = 1e-9
-"""Of the largest energy: what a direction that the halves don't agree on is worth, so that what is left of a budget is still spent."""
+"""Share of the energy: what a direction that the halves don't agree on is worth, so that what is left of a budget is still spent."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Spending:
     Attributes:
         ranks: by path, in the order of the model.
         budget: bytes that were allowed. bytes: what the factors take, exactly.
-        captured: share of the gradients' energy that these ranks hold.
+        captured: share of its gradient's energy that each site holds with these ranks, the mean over sites.
         uniform: the largest rank that fits everywhere. uniform_captured: the share that it holds.
         uniform_bytes: what it takes.
     """
@@ -66,7 +66,7 @@ class Spending:
         lines = [f"{path:{width}}  {rank:>4}" for path, rank in self.ranks.items()]
         return "\n".join([
             f"{'site':{width}}  rank", *lines,
-            f"{self.bytes:,} of {self.budget:,} bytes ({in_words(self.bytes)}); they hold {self.captured:.1%} of the gradients' energy, "
+            f"{self.bytes:,} of {self.budget:,} bytes ({in_words(self.bytes)}); they hold {self.captured:.1%} of a site's gradient on average, "
             f"rank {self.uniform} everywhere ({self.uniform_bytes:,} bytes) {self.uniform_captured:.1%}",
         ])  # fmt: skip
 
@@ -82,9 +82,10 @@ def uniform_rank(budget: int, spectra: Sequence[SiteSpectrum], itemsize: int = I
 
 
 def spend(budget: str | int, spectra: Sequence[SiteSpectrum], *, itemsize: int = ITEMSIZE) -> Spending:
-    """Give every site rank 1, then each next byte to the direction that captures most energy for its bytes.
+    """Give every site rank 1, then each next byte to the direction that captures the largest share of its site's energy for its bytes.
 
-    Greedy is best here up to the last direction that doesn't fit: energies fall with the rank at every site.
+    Shares, and not energies: AdamW moves every site by its learning rate, however small its gradient is. Greedy is best here up to the last
+    direction that doesn't fit, for shares fall with the rank at every site.
 
     Args:
         budget: bytes of all factors, or text as ``"8MiB"``.
@@ -106,8 +107,7 @@ def spend(budget: str | int, spectra: Sequence[SiteSpectrum], *, itemsize: int =
     by_path = {site.path: site for site in spectra}
     ranks = dict.fromkeys(by_path, 1)
     spent = least
-    floor = _FAINT * max((max(site.energies, default=0.0) for site in spectra), default=0.0)
-    heap = [(-_worth(site, 1, floor), number, site.path) for number, site in enumerate(spectra) if site.most > 1]
+    heap = [(-_worth(site, 1), number, site.path) for number, site in enumerate(spectra) if site.most > 1]
     heapq.heapify(heap)
     while heap:
         _, number, path = heapq.heappop(heap)
@@ -118,19 +118,18 @@ def spend(budget: str | int, spectra: Sequence[SiteSpectrum], *, itemsize: int =
         spent += cost
         ranks[path] += 1
         if ranks[path] < site.most:
-            heapq.heappush(heap, (-_worth(site, ranks[path], floor), number, path))
+            heapq.heappush(heap, (-_worth(site, ranks[path]), number, path))
     uniform = uniform_rank(allowed, spectra, itemsize)
-    total = sum(site.total for site in spectra) or 1.0
     flat = {site.path: min(uniform, site.most) for site in spectra}
 
     def share(chosen: Mapping[str, int]) -> float:
-        return sum(site.captured(chosen[site.path]) for site in spectra) / total
+        return sum(site.captured(chosen[site.path]) / (site.total or 1.0) for site in spectra) / len(spectra)
 
     flat_bytes = sum(flat[site.path] * site.numbers for site in spectra) * itemsize
     return Spending(ranks, allowed, spent, share(ranks), uniform, share(flat), flat_bytes)
 
 
-def _worth(site: SiteSpectrum, rank: int, floor: float) -> float:
-    """Energy that one more direction than ``rank`` captures, by the number of parameters that it takes."""
-    energy = site.energies[rank] if rank < len(site.energies) else 0.0
-    return (energy + floor / (1 + rank)) / site.numbers
+def _worth(site: SiteSpectrum, rank: int) -> float:
+    """Share of the site's energy that one more direction than ``rank`` captures, by the number of parameters that it takes."""
+    share = site.energies[rank] / site.total if rank < len(site.energies) and site.total else 0.0
+    return (share + _FAINT / (1 + rank)) / site.numbers

@@ -68,13 +68,14 @@ def test_the_rule_of_thumb() -> None:
 
 
 def test_the_spectrum_counts_directions_over_all_sites() -> None:
-    one = SiteSpectrum("a", 8, 8, 16, (97.0, 1.0, 0.5, 0.2), 98.7)
-    other = SiteSpectrum("b", 8, 8, 16, (0.5, 0.4, 0.3, 0.1), 1.3)
-    assert by_spectrum([one, other])[0] == 3
-    assert by_spectrum([one, other], 0.97)[0] == 1
-    assert by_spectrum([one, other], 0.999)[0] == 4
+    one = SiteSpectrum("a", 8, 8, 16, (97.0, 1.0, 1.0, 1.0), 100)
+    other = SiteSpectrum("b", 8, 8, 16, (0.5, 0.3, 0.1, 0.1), 1)
+    assert by_spectrum([one, other], 0.70)[0] == 1
+    assert by_spectrum([one, other], 0.88)[0] == 2
+    assert by_spectrum([one, other], 0.94)[0] == 3
+    assert by_spectrum([one, other], 0.97)[0] == 4
     assert by_spectrum([SiteSpectrum("c", 8, 8, 16, (0.0, 0.0), 0.0)])[0] == 2  # nothing agrees: all that was looked at
-    assert one.effective_rank == pytest.approx(98.7**2 / (97**2 + 1.29))
+    assert one.effective_rank == pytest.approx(100**2 / (97**2 + 3))
 
 
 def test_the_advice_is_the_middle_rank_and_can_be_trained() -> None:
