@@ -104,6 +104,14 @@ def _spec(found: Inspection) -> str:
 
     default = LoraSpec().to_dict()
     own = found.adapter.spec.to_dict()
+    towers = own.pop("towers")
+    if towers:
+        parts = [f"{name}: {_changes(part, default)}" for name, part in towers.items()]
+        return "; ".join([*parts, f"whole: {_short(own['save_modules'])}"])
+    return _changes(own, default)
+
+
+def _changes(own: Mapping[str, Any], default: Mapping[str, Any]) -> str:
     return " ".join(
         f"{name}={_short(value)}"
         for name, value in own.items()
