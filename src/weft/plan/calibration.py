@@ -33,7 +33,7 @@ def calibrate(device: str, precision: str, dtype: str, seconds: float = 1.0) -> 
     kind = names.get(precision) or names.get(dtype) or torch.float32
     where = device if device == "cpu" or torch.cuda.is_available() else "cpu"
     left, right = (torch.randn(shape, dtype=kind, device=where) for shape in ((512, 2048), (2048, 2048)))
-    times = []
+    times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         begin = time.perf_counter()

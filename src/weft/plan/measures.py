@@ -177,7 +177,8 @@ def _axes(gauge: Gauge, recipe: Recipe, known: list[Measure]) -> list[list[_Opti
         if "offload" in measure.changes:
             price += 0.5 if "activations" in measure.changes["offload"] else 2.0
         by_field.setdefault(axis, []).append(_Option(measure.changes, price))
-    rows, splits, split = recipe.batch_size, [], 1
+    rows, split = recipe.batch_size, 1
+    splits: list[_Option] = []
     while rows % (2 * split) == 0:
         split *= 2
         splits.append(

@@ -189,10 +189,10 @@ def _overhead(device: str) -> int:
     """Bytes before the model: of this process as it is now, with its libraries; or of CUDA."""
     if device != "cpu":
         return CUDA_CONTEXT
-    if sys.platform == "linux":
+    if str(sys.platform) == "linux":  # mypy looks at one platform alone
         with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     import resource
 
-    scale = 1 if sys.platform == "darwin" else 1024
+    scale = 1 if str(sys.platform) == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

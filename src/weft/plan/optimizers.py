@@ -34,8 +34,8 @@ def optimizer_bytes(parameters: Iterable[Tensor], name: str, device: str) -> tup
     """
     counts: dict[Shape, int] = {}
     for parameter in parameters:
-        shape = (tuple(parameter.shape), parameter.dtype)
-        counts[shape] = counts.get(shape, 0) + 1
+        key = (tuple(parameter.shape), parameter.dtype)
+        counts[key] = counts.get(key, 0) + 1
     state = buffers = 0
     for (shape, dtype), count in counts.items():
         own, peak = _one(shape, dtype, name)

@@ -102,7 +102,8 @@ def skeleton(config: Any, *, dtype: torch.dtype | None = None, labels: int | Non
 def _stored(config: Any) -> torch.dtype:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = getattr(config, "dtype", None) or getattr(text, "dtype", None) or torch.float32
-    return found if isinstance(found, torch.dtype) else getattr(torch, str(found).removeprefix("torch."))  # type: ignore[no-any-return]
+    named: torch.dtype = found if isinstance(found, torch.dtype) else getattr(torch, str(found).removeprefix("torch."))
+    return named
 
 
 def _class_of(config: Any, classifies: bool) -> Any:

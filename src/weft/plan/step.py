@@ -67,7 +67,7 @@ def batch_of(model: nn.Module, batch: Batch, device: str) -> dict[str, Tensor]:
     config: Any = model.config
     names = inspect.signature(model.forward).parameters
     inputs: dict[str, Tensor] = {}
-    ids = {"dtype": torch.long, "device": device}
+    ids: dict[str, Any] = {"dtype": torch.long, "device": device}
     if "pixel_values" in names:
         vision = getattr(config, "vision_config", config)
         size = getattr(vision, "image_size", 224)
@@ -76,21 +76,21 @@ def batch_of(model: nn.Module, batch: Batch, device: str) -> dict[str, Tensor]:
         shape = (batch.rows, getattr(vision, "num_channels", 3), height, width)
         inputs["pixel_values"] = torch.zeros(shape, dtype=dtype, device=device)
     if "input_ids" in names:
-        inputs["input_ids"] = torch.zeros(batch.rows, batch.length, **ids)  # type: ignore[arg-type]
+        inputs["input_ids"] = torch.zeros(batch.rows, batch.length, **ids)
         if "attention_mask" in names:
-            inputs["attention_mask"] = torch.ones(batch.rows, batch.length, **ids)  # type: ignore[arg-type]
+            inputs["attention_mask"] = torch.ones(batch.rows, batch.length, **ids)
     if "labels" in names:
         one = _one_label(model)
-        shape = (batch.rows,) if one else (batch.rows, batch.length)
-        inputs["labels"] = torch.zeros(shape, **ids)  # type: ignore[arg-type]
+        inputs["labels"] = torch.zeros((batch.rows,) if one else (batch.rows, batch.length), **ids)
     return inputs
 
 
 @contextlib.contextmanager
 def _mask_made(padded: bool) -> Iterator[None]:
     """Whether transformers makes an attention mask: it does for fake tensors, for it can't see that all their rows are full."""
-    from transformers import masking_utils
+    from transformers import masking_utils as module
 
+    masking_utils: Any = module
     before = masking_utils.is_tracing
     if not padded:
         masking_utils.is_tracing = lambda tensor=None: False
@@ -272,7 +272,7 @@ def _marking(model: nn.Module, stacks: Stacks, marks: list[_Mark], mark: Any) ->
                     mark(None, "forward")
                 first = out if isinstance(out, Tensor) else next((t for t in out if isinstance(t, Tensor)), None)
                 if first is not None and first.requires_grad:
-                    first.register_hook(lambda _: mark((*_at, "backward"), "backward"))
+                    first.register_hook(lambda _: mark((*_at, "backward"), "backward"))  # type: ignore[no-untyped-call]
 
             handles += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
     try:

@@ -148,7 +148,8 @@ def _count(model: nn.Module, bank: Bank | None, base: set[int]) -> Counts:
         for stack in stacks
         for layer in stack.layers
     ]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    head = None if getter is None else getter()
     linear = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m is not head and id(m.weight) in base]
     return Counts(
         base=sum(tensor.numel() for tensor in own if isinstance(tensor, nn.Parameter)),
