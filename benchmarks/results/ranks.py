@@ -84,6 +84,9 @@ def _figures(sweeps: Mapping[str, Any], advice: Mapping[str, RankAdvice], folder
         curves[task.name], (best[task.name], margin) = means, best_rank(found["losses"])
         rows.append(_row(task, means, best[task.name], margin, found["base"], advice[task.name]))
     hits = sum(row[-2] == "yes" for row in rows)
+    misses = [
+        _miss(name, sweeps, means) for (name, means), row in zip(curves.items(), rows, strict=True) if row[-2] == "no"
+    ]
     if curves:
         advised = {name: advice[name].rank for name in curves}
         (folder / "ranks.svg").write_text(plot(curves, advised, best), encoding="utf-8")
@@ -97,10 +100,19 @@ def _figures(sweeps: Mapping[str, Any], advice: Mapping[str, RankAdvice], folder
         "columns": ["task", "base's loss", "lowest loss", "margin", "thumb", "capacity", "spectrum", "recommended", "best", "within a factor of 2", "loss given up"],
         "rows": rows,
         "examples": [_sites_example(sweeps["sites"]), *_rate_examples(sweeps["rates"])] if "sites" in sweeps and "rates" in sweeps else [],
-        **({"picture": "results/ranks.svg", "caption": "Where a line stays flat, every rank is as good as another, and a miss costs nothing."} if curves else {}),
+        **({"picture": "results/ranks.svg", "caption": " ".join(["Square: the best; ring: recommended.", *misses])} if curves else {}),
         "summary": f"recommended within a factor of two of the best on {hits} of {len(rows)} tasks",
         "sweeps": dict(sweeps),
     }  # fmt: skip
+
+
+def _miss(name: str, sweeps: Mapping[str, Any], means: Mapping[int, float]) -> str:
+    """What the numbers say about a miss."""
+    losses = next(sweeps[key_of(task)]["losses"] for task in TASKS if task.name == name)
+    spread = max(means.values()) / min(means.values()) - 1
+    seeds = max(max(values) / min(values) - 1 for values in losses.values())
+    why = "which rank is best is mostly chance here" if seeds >= spread else "the rules are wrong here"
+    return f"Missed: {name}. All ranks lie within {spread:.1%} of each other, two seeds of one rank up to {seeds:.1%} apart: {why}."
 
 
 def _row(
