@@ -8,7 +8,7 @@ from html import escape
 __all__ = ["plot"]
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 64, 210, 44, 52
-COLORS = ("#0f766e", "#c2410c", "#1d4ed8", "#a21caf", "#4d7c0f", "#b45309")
+COLORS = ("#0f766e", "#c2410c", "#1d4ed8", "#a21caf", "#65a30d", "#111827")
 INK, GRID = "#374151", "#e5e7eb"
 CEILING = 20.0
 
