@@ -170,7 +170,9 @@ def prove_adapter(
         raise FormatError(
             "no golden prompts in this adapter, so nothing can be proved; adapters that weft trains have them"
         )
-    model, _ = open_base(base, labels=trained_format(adapter).get("labels"), dtype=dtype)
+    model, _ = open_base(
+        base, labels=(trained := trained_format(adapter)).get("labels"), dtype=dtype, kind=trained.get("kind")
+    )
     return prove(adapter, model, allow_other_base=allow_other_base)
 
 

@@ -58,7 +58,7 @@ def merge_to_directory(
     value = adapter if isinstance(adapter, Adapter) else load(adapter)
     labels = trained_format(value).get("labels")
     if task is None or isinstance(base, tuple):
-        model, tokenizer = open_base(base, labels=labels)
+        model, tokenizer = open_base(base, labels=labels, kind=trained_format(value).get("kind"))
     else:
         model, tokenizer = load_base(base, task=task, labels=labels if "classification" in task else None)
     merged, report = merge(model, value, dtype=target, allow_other_base=allow_other_base)

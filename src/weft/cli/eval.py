@@ -35,6 +35,7 @@ def evaluate(
     data: Annotated[
         str, typer.Option("--data", metavar="DATA", help="JSON lines, CSV, Parquet, text, or a hub data set.")
     ] = ...,  # type: ignore[assignment]
+    images: Images = None,
     limit: Annotated[
         int,
         typer.Option("--limit", metavar="N", min=0, help="Prompts to answer; 0: all. Losses are over all examples."),
@@ -42,7 +43,6 @@ def evaluate(
     tokens: Annotated[
         int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer in tokens.")
     ] = 128,
-    images: Images = None,
     classes: Annotated[
         str | None,
         typer.Option(
@@ -83,6 +83,7 @@ def evaluate(
         base=base,
         adapter=adapter,
         data=data,
+        images=images,
         kind=kind,
         columns=columns_of(columns),
         limit=limit or None,

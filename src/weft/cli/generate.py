@@ -42,6 +42,10 @@ def generate(
     file: Annotated[
         str | None, typer.Option("--file", metavar="FILE", help="Prompts, one a line; -: from stdin.")
     ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option("--image", metavar="FILE", help="An image that the prompt is about; may be repeated."),
+    ] = None,
     chat: Annotated[
         bool | None,
         typer.Option(
@@ -79,7 +83,10 @@ def generate(
         raise Usage("requests stand in --jsonl, so no other prompts can be given")
     if jsonl is None and len(given) > 1:
         raise Usage("several adapters answer the rows of --jsonl FILE; for prompts give one --adapter")
+    if jsonl is not None and image:
+        raise Usage("--image belongs to prompts on the command line; --jsonl takes text alone")
     asked = _prompts(prompts or [], file) if jsonl is None else []
+    shown = list(image) if image else None
     from weft.train import Sampling, stream
     from weft.train import generate as run_generation
     from weft.train.opening import opened
@@ -100,11 +107,18 @@ def generate(
                 "allow_other_base": other,
             },
         )
-    with opened(base, given[0] if given else None, dtype=dtype, allow_other_base=other) as ready:
+    seeing = None if shown is None else "image-text"
+    with opened(base, given[0] if given else None, dtype=dtype, kind=seeing, allow_other_base=other) as ready:
         loaded = ready.model, ready.tokenizer
         if json:
             texts = run_generation(
-                base=loaded, adapter=ready.adapter, prompts=asked, chat=chat, sampling=sampling, allow_other_base=other
+                base=loaded,
+                adapter=ready.adapter,
+                prompts=asked,
+                images=None if shown is None else [shown] * len(asked),
+                chat=chat,
+                sampling=sampling,
+                allow_other_base=other,
             )
             for prompt, text in zip(asked, texts, strict=True):
                 show.as_json({"prompt": prompt, "text": text}, indent=None)
@@ -113,7 +127,13 @@ def generate(
             if len(asked) > 1:
                 show.result(("\n" if index else "") + f"> {prompt}")
             for piece in stream(
-                base=loaded, adapter=ready.adapter, prompt=prompt, chat=chat, sampling=sampling, allow_other_base=other
+                base=loaded,
+                adapter=ready.adapter,
+                prompt=prompt,
+                images=shown,
+                chat=chat,
+                sampling=sampling,
+                allow_other_base=other,
             ):
                 show.piece(piece)
             show.result()

@@ -48,7 +48,8 @@ Kind = Annotated[
     typer.Option(
         "--task",
         metavar="KIND",
-        help="What the examples are, where it isn't recognised: chat, completion, classification, text, contrastive, fused.",
+        help="What the examples are, where it isn't recognised: chat, completion, classification, text, classify-images,"
+        " image-text, contrastive, fused.",
     ),
 ]
 Dtype = Annotated[

@@ -127,6 +127,6 @@ def _next(run: Run) -> str:
         return f"{show.command('weft', 'eval', str(run.path))} --data FILE --images DIR"
     origin = run.adapter.provenance.base
     base = () if origin is None or origin.name in (None, EMBEDDED) else ("--base", origin.name)
-    classifies = run.report.data.get("train", {}).get("kind") == "classification"
+    classifies = run.report.data.get("train", {}).get("kind") in ("classification", "classify-images")
     verb, rest = ("eval", "--data FILE") if classifies else ("generate", "PROMPT")
     return f"{show.command('weft', verb, *base, '--adapter', str(run.path))} {rest}"

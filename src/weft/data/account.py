@@ -44,6 +44,7 @@ class Account:
         split: long texts that became several sequences; nothing of them is lost.
         empty: dropped, because there is nothing to learn in the example itself.
         masked: dropped, because no token is left to learn after masking and truncation.
+        broken: dropped, because an image of theirs can't be read; `reasons` has the first ones.
         unit: what the numbers in the tallies count in the source.
         notes: what is worth knowing besides.
     """
@@ -59,13 +60,21 @@ class Account:
     split: Tally = field(default_factory=Tally)
     empty: Tally = field(default_factory=Tally)
     masked: Tally = field(default_factory=Tally)
+    broken: Tally = field(default_factory=Tally)
+    reasons: list[str] = field(default_factory=list)
     unit: str = "row"
     notes: list[str] = field(default_factory=list)
+
+    def drop_image(self, number: int, reason: str) -> None:
+        """Count an example whose image can't be read."""
+        self.broken.add(number)
+        if len(self.reasons) < SHOWN:
+            self.reasons.append(reason)
 
     @property
     def dropped(self) -> int:
         """How many examples are not encoded."""
-        return self.empty.count + self.masked.count
+        return self.empty.count + self.masked.count + self.broken.count
 
     def summary(self) -> str:
         """One line for people."""
@@ -74,7 +83,8 @@ class Account:
             if self.tokens > self.loss_tokens > self.features
             else ""
         )
-        parts = [f"{self.kept:,} of {self.examples:,} examples kept: {self.tokens:,} tokens{share}"]
+        size = f": {self.tokens:,} tokens{share}" if self.tokens else ""
+        parts = [f"{self.kept:,} of {self.examples:,} examples kept{size}"]
         if self.truncated.count:
             places = [
                 f"{tally.count:,} at {place}"
@@ -88,6 +98,8 @@ class Account:
             parts.append(f"dropped as empty {self.empty.words(self.unit)}")
         if self.masked.count:
             parts.append(f"dropped without a token to learn {self.masked.words(self.unit)}")
+        if self.broken.count:
+            parts.append(f"dropped for an image that can't be read {self.broken.words(self.unit)}: {self.reasons[0]}")
         return "; ".join((*parts, *self.notes))
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,19 +8,23 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from weft.data.kinds import REQUIRED, recognise
 from weft.data.messages import last_answer
+from weft.data.pictured import IMAGE_KINDS, image_kind, recognise_images
 from weft.data.sources import read_table
 from weft.errors import DataError, some_names
 
 __all__ = ["Examples", "Overlap", "load_examples", "overlap"]
 
-_COUNTED = {**REQUIRED, "chat": ("messages", "tools"), "completion": ("prompt", "completion", "references")}
+_SHAPES = {**REQUIRED, "classify-images": ("image", "label"), "image-text": ("messages", "images")}
+_COUNTED = {**_SHAPES, "chat": ("messages", "tools"), "completion": ("prompt", "completion", "references")}
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Examples(Sequence[Mapping[str, Any]]):
         labels: for classification, the names of the classes in the order of their ids; else None.
         source: what was read; for messages and provenance.
         notes: what was decided while reading, to be said.
+        images: the folder that paths of images are in.
     """
 
     kind: str
@@ -43,6 +48,7 @@ class Examples(Sequence[Mapping[str, Any]]):
     source: str = "examples"
     unit: str = "row"
     notes: tuple[str, ...] = ()
+    images: str | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,7 +84,7 @@ class Examples(Sequence[Mapping[str, Any]]):
 
     def summary(self) -> str:
         """One line: source, count, kind and what is worth knowing."""
-        shape = "{" + ", ".join(REQUIRED[self.kind]) + "}"
+        shape = "{" + ", ".join(_SHAPES[self.kind]) + "}"
         words = f"{self.source}: {len(self):,} {'example' if len(self) == 1 else 'examples'} of {shape} ({self.kind})"
         if self.labels is not None:
             words += f", {len(self.labels)} labels: {some_names(self.labels)}"
@@ -146,16 +152,23 @@ class Examples(Sequence[Mapping[str, Any]]):
 
 
 def _canonical(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=str)
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=_hashed)
+
+
+def _hashed(value: Any) -> str:
+    """Bytes and pixels by their hash; anything else by its text."""
+    raw = value.tobytes() if hasattr(value, "tobytes") else value
+    return hashlib.sha256(raw).hexdigest() if isinstance(raw, bytes) else str(value)
 
 
 def _question(kind: str, row: Mapping[str, Any]) -> Any:
     if kind == "completion":
         return row["prompt"]
-    if kind == "chat":
+    if kind in ("chat", "image-text"):
         end = last_answer(row["messages"])
-        return row["messages"][:end] if end else row["messages"]
-    return row["text"]
+        asked = row["messages"][:end] if end else row["messages"]
+        return [asked, row["images"]] if kind == "image-text" else asked
+    return row["image"] if kind == "classify-images" else row["text"]
 
 
 def load_examples(
@@ -165,6 +178,7 @@ def load_examples(
     limit: int | None = None,
     kind: str | None = None,
     labels: Sequence[str] | None = None,
+    images: str | os.PathLike[str] | None = None,
 ) -> Examples:
     """Read examples and recognise their kind.
 
@@ -175,8 +189,11 @@ def load_examples(
         columns: weft's names for columns that have other ones: ``{"prompt": "question", "completion": "answer"}``;
             ``"a+b"`` joins two columns by a line end. ``role`` and ``content`` name the keys inside of messages.
         limit: read only so many rows from the beginning.
-        kind: one of `KINDS`. None: recognised; where several fit, the first of `KINDS`, which is said in the notes.
+        kind: one of `KINDS` or `IMAGE_KINDS`. None: recognised; where several fit, the first of `KINDS`, which is said in the
+            notes. With images, ``source`` may also be a folder of folders of images (their names are the classes), or a
+            ``.npz`` of arrays (``"file.npz@train"``).
         labels: the label names of the training set, for an evaluation set; None: collected from the rows and sorted.
+        images: the folder that paths of images begin in, and never leave; None: the folder of the source.
 
     Raises:
         DataError: names the file, the line, what it got, what was expected and the way out.
@@ -193,11 +210,29 @@ def load_examples(
             )
         return source if limit is None else source.take(limit)
     table = read_table(source, limit)
-    found = recognise(table, columns, kind, labels)
+    kind = kind if kind is not None else image_kind(table, columns)
+    if kind in IMAGE_KINDS:
+        found = recognise_images(table, columns, kind, labels)
+        images = os.fspath(images) if images is not None else _folder_of(source)
+    else:
+        found, images = recognise(table, columns, kind, labels), None
     numbers = tuple(table.numbers[index] for index in found.indices)
     return Examples(
-        found.kind, tuple(found.rows), numbers, found.labels, table.name, table.unit, (*table.notes, *found.notes)
+        found.kind,
+        tuple(found.rows),
+        numbers,
+        found.labels,
+        table.name,
+        table.unit,
+        (*table.notes, *found.notes),
+        images,
     )
+
+
+def _folder_of(source: Any) -> str:
+    """Where paths begin that stand in a source."""
+    path = Path(source) if isinstance(source, str | os.PathLike) else Path()
+    return str(path if path.is_dir() else path.parent)
 
 
 @dataclass(frozen=True)

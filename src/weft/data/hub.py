@@ -123,7 +123,12 @@ def read_dataset(dataset: Any, name: str, limit: int | None, notes: tuple[str, .
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise DataError(f"no reader for a {type(dataset).__name__} of the datasets library; expected a Dataset")
     try:
+        pictures = [key for key, feature in (dataset.features or {}).items() if isinstance(feature, datasets.Image)]
+        for key in pictures:  # their bytes, which weft checks before it decodes
+            dataset = dataset.cast_column(key, datasets.Image(decode=False))
         rows = [dict(row) for row in itertools.islice(dataset.with_format(None), limit)]
+        for row, key in itertools.product(rows, pictures):
+            row[key] = _bytes_of(row[key])
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError, ImportError) as error:
         raise DataError(f"{name}: a row can't be read: {str(error).splitlines()[0]}") from error
     features = dataset.features or {}
@@ -131,3 +136,12 @@ def read_dataset(dataset: Any, name: str, limit: int | None, notes: tuple[str, .
         key: tuple(feature.names) for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)
     }
     return Table(rows, list(range(1, len(rows) + 1)), name, "row", notes, classes)
+
+
+def _bytes_of(image: Any) -> bytes | None:
+    """The file that the library knows, by its bytes or its own path."""
+    if not isinstance(image, dict):
+        return None
+    if image.get("bytes"):
+        return bytes(image["bytes"])
+    return Path(image["path"]).read_bytes() if image.get("path") else None

@@ -16,7 +16,7 @@ from weft.data.messages import check_messages, check_roles
 from weft.data.sources import Table
 from weft.errors import DataError, did_you_mean, some_names
 
-__all__ = ["KINDS", "Recognised", "recognise"]
+__all__ = ["KINDS", "Recognised", "columns_present", "label_of", "number_labels", "recognise", "rename"]
 
 KINDS = ("chat", "completion", "classification", "text")
 """Kinds of examples, in the order of precedence where a table could be several."""
@@ -28,7 +28,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
 
 _OPTIONAL = {"chat": ("tools",), "completion": ("references",), "classification": (), "text": ()}
 _INSIDE = ("role", "content")
-_KNOWN = ("messages", "tools", "prompt", "completion", "references", "text", "label")
+_KNOWN = ("messages", "tools", "prompt", "completion", "references", "text", "label", "image", "images")
 _ALIASES = {
     "messages": ("conversations", "conversation", "dialogue", "dialog", "chat", "turns"),
     "prompt": ("instruction", "question", "query", "problem", "input", "source", "context", "user", "goal"),
@@ -66,8 +66,8 @@ def recognise(
         raise DataError(
             f"kind={kind!r}: expected one of {', '.join(KINDS)}, or None to recognise it.{did_you_mean(kind, KINDS)}"
         )
-    table, roles, notes = _rename(table, columns or {})
-    present = _present(table.rows)
+    table, roles, notes = rename(table, columns or {})
+    present = columns_present(table.rows)
     chosen, note = _choose(table, present, kind)
     notes += note
     gaps = _Gaps(table, chosen)
@@ -83,14 +83,14 @@ def recognise(
         notes.append(f"{len(table.rows):,} rows with several completions each: {len(rows):,} examples")
     names = None
     if chosen == "classification":
-        names = _number_labels(table, rows, indices, labels)
+        names = number_labels(table, rows, indices, labels)
     extra = [name for name in present if name not in (*REQUIRED[chosen], *_OPTIONAL[chosen])]
     if extra:
         notes.append(f"ignored columns: {some_names(extra)}")
     return Recognised(chosen, rows, indices, names, tuple(notes))
 
 
-def _rename(table: Table, columns: Mapping[str, str]) -> tuple[Table, dict[str, str], list[str]]:
+def rename(table: Table, columns: Mapping[str, str]) -> tuple[Table, dict[str, str], list[str]]:
     """The table with the mapping applied; keys inside of messages; notes."""
     allowed = (*_KNOWN, *_INSIDE)
     for target in columns:
@@ -103,7 +103,7 @@ def _rename(table: Table, columns: Mapping[str, str]) -> tuple[Table, dict[str, 
     outer = {name: column for name, column in columns.items() if name not in _INSIDE}
     if not outer:
         return table, roles, []
-    present = _present(table.rows)
+    present = columns_present(table.rows)
     parts = {name: (column,) if column in present else tuple(column.split("+")) for name, column in outer.items()}
     used = {part for several in parts.values() for part in several}
     for name, several in parts.items():
@@ -137,7 +137,7 @@ def _join(table: Table, index: int, row: Mapping[str, Any], names: Sequence[str]
     return "\n".join(text for text in texts if text.strip())
 
 
-def _present(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+def columns_present(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """Columns with at least one value, and how many values."""
     counts: Counter[str] = Counter()
     for row in rows:
@@ -304,7 +304,11 @@ def _classification(
     table: Table, index: int, row: Mapping[str, Any], gaps: _Gaps, roles: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     return [
-        {**row, "text": _text_or_gap(table, index, row, "text", gaps), "label": _label(table, index, row.get("label"))}
+        {
+            **row,
+            "text": _text_or_gap(table, index, row, "text", gaps),
+            "label": label_of(table, index, row.get("label")),
+        }
     ]
 
 
@@ -338,7 +342,12 @@ def _parse_inside(table: Table, index: int, name: str, text: str) -> Any:
         ) from error
 
 
-def _label(table: Table, index: int, value: Any) -> str:
+def label_of(table: Table, index: int, value: Any) -> str:
+    """The name of a class, whatever way a row writes it.
+
+    Raises:
+        DataError: no label, or a number that is none of the declared classes.
+    """
     names = table.class_names.get("label")
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -362,7 +371,7 @@ def _label(table: Table, index: int, value: Any) -> str:
     raise DataError(f"{table.where(index)}: the label is {_article(value)} ({value!r}); expected a text or an integer")
 
 
-def _number_labels(
+def number_labels(
     table: Table, rows: Sequence[Mapping[str, Any]], indices: Sequence[int], labels: Sequence[str] | None
 ) -> tuple[str, ...]:
     """Names of the classes: those given, those declared, or those that occur, sorted (numbers by value)."""

@@ -10,9 +10,9 @@ from typing import Any
 
 from weft.errors import DataError, some_names
 
-__all__ = ["check_messages", "check_roles", "last_answer"]
+__all__ = ["SHAREGPT", "check_messages", "check_roles", "last_answer"]
 
-_SHAREGPT = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bot", "model"), "assistant")
+SHAREGPT = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bing", "bot", "model"), "assistant")
 
 
 def check_roles(where: str, messages: Any, names: Mapping[str, str]) -> None:
@@ -55,7 +55,7 @@ def check_messages(
         rest = {key: value for key, value in message.items() if key not in (role, content) and value is not None}
         who = check_text(message[role])
         if names:  # keys were mapped: the names of speakers that come with such files are translated too
-            who = _SHAREGPT.get(who, who)
+            who = SHAREGPT.get(who, who)
         said = message.get(content)
         if said is None:
             if "tool_calls" not in rest:

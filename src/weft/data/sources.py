@@ -78,7 +78,15 @@ def _read_text(source: str | Path, limit: int | None) -> Table:
         )
     path = Path(text).expanduser()
     if path.is_dir():
-        return hub.read_folder(path, None, limit)
+        from weft.data.folders import holds_images, read_image_folder
+
+        return read_image_folder(path, limit) if holds_images(path) else hub.read_folder(path, None, limit)
+    file, _, part = text.rpartition("@")
+    array = path if path.suffix == ".npz" else Path(file).expanduser() if file.endswith(".npz") else None
+    if array is not None and array.is_file():
+        from weft.data.arrays import read_arrays
+
+        return read_arrays(array, None if array is path else part, limit)
     if path.exists():
         return _read_file(path, limit)
     folder, _, split = text.rpartition("@")

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from weft.adapter import Adapter
-from weft.errors import RunError
+from weft.errors import DataError, RunError
 from weft.many import state
 from weft.many.engine import Engine
 from weft.many.folder import ManyFolder
@@ -106,6 +106,10 @@ class FolderDesk:
         """Read the data and settle the recipe."""
         share, recipe = self.shares[name], self.recipes[name]
         texts = read(recipe, share.data, share.eval_data, self.labels)
+        if texts.train.images is not None:
+            raise DataError(
+                f"{texts.train.source}: examples with images are trained one adapter at a time: weft train, not train-many"
+            )
         inputs = prepare(recipe, texts, self.model, self.tokenizer)
         spec = above(self.model, resolve_default(self.model, recipe.spec or LoraSpec()), recipe.freeze_below)
         spec = with_head(spec, self.model) if inputs.train.kind == "classification" else spec

@@ -21,7 +21,7 @@ from weft.models.source import Source, find_source
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["TASKS", "load_base", "new_modules", "quiet"]
+__all__ = ["TASKS", "dtype_named", "load_base", "new_modules", "quiet"]
 
 log = logging.getLogger("weft.models")
 
@@ -125,6 +125,16 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
             f"dtype={dtype!r} is no floating-point type of torch; expected 'float32', 'bfloat16' or 'float16'"
         )
     return named
+
+
+def dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by its name; None stays None.
+
+    Raises:
+        BaseError: no floating-point type of torch.
+    """
+    found = _dtype(dtype)
+    return found if isinstance(found, torch.dtype) else None
 
 
 def _config(source: Source, labels: list[str] | None, task: str) -> Any:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
 from weft.errors import TargetError, did_you_mean, some_names
 from weft.spec import LoraSpec
 
-__all__ = ["DEFAULT_TARGETS", "resolve_default"]
+__all__ = ["DEFAULT_TARGETS", "in_parts", "resolve_default"]
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _FUSED_LLAMA = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -82,11 +83,13 @@ DEFAULT_TARGETS: dict[str, tuple[str, ...]] = _table(
     ("dinov3_vit", ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")),
     ("clip clip_vision_model clip_text_model siglip siglip_vision_model", _CLIP),
     ("resnet", ("convolution",)),
+    ("cifar_resnet", ("conv1", "conv2")),
     ("convnext", ("pwconv1", "pwconv2")),
 )
 """Names by ``config.model_type``. A name that a variant of the architecture has not is left out for it."""
 
 _TOWERS = "vision|visual|audio|image"
+_BETWEEN = r"projector|connector|\bmerger\b|modality_projection"
 
 
 def resolve_default(model: nn.Module, spec: LoraSpec) -> LoraSpec:
@@ -113,6 +116,39 @@ def resolve_default(model: nn.Module, spec: LoraSpec) -> LoraSpec:
         f'targets="default": no usual sites are known for {_called(model, kind)}.{did_you_mean(str(kind), DEFAULT_TARGETS)} '
         f'Use targets="all-linear", or name some of its layers: {_suffixes(paths)}'
     )
+
+
+def in_parts(model: nn.Module, spec: LoraSpec, *, language: bool, vision: bool, projector: bool) -> LoraSpec:
+    """Put the usual sites of some parts of a vision-language model in the place of ``targets="default"``.
+
+    Args:
+        language: projections of attention and feed-forward of the language model.
+        vision: the same of what reads images.
+        projector: the linear layers between the two.
+
+    Raises:
+        TargetError: a part that is asked for has no site; names the layers that there are.
+    """
+    if spec.targets != "default":
+        return spec
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    between = [path for path in linear if re.search(_BETWEEN, path)]
+    seeing = [path for path in linear if re.search(_TOWERS, path) and path not in between]
+    outputs: Any = getattr(model, "get_output_embeddings", None)
+    head = outputs() if outputs is not None else None
+    speaking = [path for path in linear if path not in {*between, *seeing} and model.get_submodule(path) is not head]
+    chosen: list[str] = []
+    for name, asked, paths in (
+        ("language", language, speaking),
+        ("vision", vision, seeing),
+        ("projector", projector, between),
+    ):
+        usual = [path for path in paths if not re.search(r"head|patch_embed|embeddings", path)]
+        if asked and not usual:
+            raise TargetError(f'targets="default": this {_called(model, None)} has no linear layer in its {name} part; its layers are called '
+                              f"{_suffixes(linear)}. Set vision.{name}=false, or name sites in LoraSpec.targets")  # fmt: skip
+        chosen += usual if asked else []
+    return spec.replace(targets=tuple(chosen))
 
 
 def _present(names: Iterable[str], paths: list[str], kind: str) -> tuple[str, ...]:

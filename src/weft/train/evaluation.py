@@ -15,16 +15,20 @@ import numpy as np
 from torch import Tensor, nn
 
 from weft.adapter import Adapter
-from weft.data import Encoded, Examples, collator, encode, encode_prompts, load_examples, prompts
+from weft.data import Examples, collator, encode, encode_prompts, load_examples, prompts
+from weft.data.pictures import EncodedImages
+from weft.data.talks import EncodedTalks, TalkCollator
 from weft.errors import DataError
 from weft.train.generation import Sampling, continue_tokens
-from weft.train.inputs import longest
+from weft.train.inputs import AnyEncoded, longest
 from weft.train.metrics import text_metrics
 from weft.train.opening import BaseLike, Opened, opened, trained_format
 from weft.train.progress import counter
-from weft.train.recipe import Recipe
+from weft.train.recipe import CLASSIFYING, Recipe
 from weft.train.run import side_by_side
 from weft.train.scoring import score
+from weft.train.vision import encode_part, encode_talk_part, image_collator, in_the_heads_order
+from weft.train.vision_settings import VisionSettings
 
 __all__ = ["Evaluation", "encoded_for", "evaluate", "examples_for", "scores"]
 
@@ -73,6 +77,7 @@ def evaluate(
     base: BaseLike = None,
     adapter: Adapter | str | os.PathLike[str] | None = None,
     data: Any,
+    images: str | os.PathLike[str] | None = None,
     kind: str | None = None,
     columns: Mapping[str, str] | None = None,
     limit: int | None = 200,
@@ -91,6 +96,7 @@ def evaluate(
         base: as in `weft.train`.
         adapter: an adapter, its path (a run folder too), or None: the base alone.
         data: as in `weft.train`; several rows with one prompt are its references.
+        images: the folder that the data's paths of images begin in; None: that of the data.
         kind, columns: where the data are not recognised; None: as the adapter was trained, else recognised.
         limit: prompts that are answered; None: all. Losses are taken over all examples.
         generation: answer prompts at all; greedily, at most ``max_new_tokens`` each.
@@ -105,12 +111,17 @@ def evaluate(
     from weft.formats import load
 
     value = adapter if isinstance(adapter, Adapter) or adapter is None else load(adapter)
-    examples = examples_for(value, data, kind=kind, columns=columns)
-    labels = list(examples.labels or ()) if examples.kind == "classification" else None
-    with opened(base, value, dtype=dtype, device=device, labels=labels, allow_other_base=allow_other_base) as ready:
-        encoded, settings = encoded_for(value, examples, ready.model, ready.tokenizer, max_length)
+    examples = examples_for(value, data, kind=kind, columns=columns, images=images)
+    if examples.kind == "classify-images" and value is None:
+        examples = in_the_heads_order(examples, base)
+    labels = list(examples.labels or ()) if examples.kind in CLASSIFYING else None
+    with opened(
+        base, value, dtype=dtype, device=device, labels=labels, kind=examples.kind, allow_other_base=allow_other_base
+    ) as ready:
+        encoded, settings = encoded_for(value, examples, ready.model, ready.tokenizer, max_length, progress)
         sides = (False, True) if value is not None else (False,)
-        found = [_losses(ready, side, encoded, batch_size, progress) for side in sides]
+        collate, note = collator_for(value, encoded, ready.model, ready.tokenizer)
+        found = [_losses(ready, side, encoded, batch_size, progress, collate) for side in sides]
         shown: list[dict[str, Any]] = []
         count = 0
         if generation and examples.kind in ("completion", "chat"):
@@ -127,12 +138,17 @@ def evaluate(
         examples=tuple(shown),
         digest=value.digest if value is not None else None,
         data=facts,
-        notes=tuple(examples.notes),
+        notes=(*examples.notes, *((note,) if note else ())),
     )
 
 
 def examples_for(
-    adapter: Adapter | None, data: Any, *, kind: str | None = None, columns: Mapping[str, str] | None = None
+    adapter: Adapter | None,
+    data: Any,
+    *,
+    kind: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    images: Any = None,
 ) -> Examples:
     """Data as an adapter was trained to see them.
 
@@ -140,26 +156,40 @@ def examples_for(
         DataError: they can't be read, or are of another kind than the adapter was trained on.
     """
     trained = trained_format(adapter)
-    wanted = kind or ("classification" if trained.get("kind") == "classification" else None)
+    own = trained.get("kind")
+    wanted = kind or (own if own in (*CLASSIFYING, "image-text") else None)
     columns = dict(columns) if columns else None
-    examples = load_examples(data, columns=columns, kind=wanted, labels=trained.get("labels"))
+    examples = load_examples(data, columns=columns, kind=wanted, labels=trained.get("labels"), images=images)
     if trained.get("as_chat"):
         examples = examples.as_chat()
+    if adapter is not None and examples.kind != own and own == "classify-images":
+        raise DataError(f"{examples.source}: {examples.kind} examples, and this adapter was trained to classify images")
     if adapter is not None and examples.kind == "classification" and not adapter.modules:
         raise DataError("the data have labels, and this adapter was not trained to classify: it has no head")
     return examples
 
 
 def encoded_for(
-    adapter: Adapter | None, examples: Examples, model: nn.Module, tokenizer: Any, max_length: int | None = None
-) -> tuple[Encoded, dict[str, Any]]:
-    """Examples as tokens, written as an adapter was trained to see them; and the settings by which they were.
+    adapter: Adapter | None,
+    examples: Examples,
+    model: nn.Module,
+    tokenizer: Any,
+    max_length: int | None = None,
+    progress: bool | None = False,
+) -> tuple[AnyEncoded, dict[str, Any]]:
+    """Examples as tokens (or images), written as an adapter was trained to see them; and the settings by which they were.
 
     Raises:
         DataError: no example is left.
     """
     trained = trained_format(adapter)
-    labels = list(examples.labels or ()) if examples.kind == "classification" else None
+    labels = list(examples.labels or ()) if examples.kind in CLASSIFYING else None
+    if examples.kind == "classify-images":
+        return encode_part(examples, _vision(trained), labels, progress), {}
+    if examples.kind == "image-text":
+        own = Recipe(max_length=max_length or trained.get("max_length"), mask_prompt=trained.get("mask_prompt", True))
+        most = longest(own, model, getattr(tokenizer, "tokenizer", None))
+        return encode_talk_part(examples, tokenizer, own, most, progress), {}
     recipe = Recipe(max_length=max_length or trained.get("max_length"))
     settings = {
         "max_length": longest(recipe, model, tokenizer),
@@ -172,24 +202,46 @@ def encoded_for(
     return encoded, settings
 
 
+def collator_for(
+    adapter: Adapter | None, encoded: AnyEncoded, model: nn.Module, tokenizer: Any
+) -> tuple[Callable[[Any], dict[str, Tensor]], str]:
+    """What makes batches of examples as an adapter was trained to see them; and a note for the user, or nothing."""
+    if isinstance(encoded, EncodedImages):
+        return image_collator(model, tokenizer, _vision(trained_format(adapter)), augment=False)
+    if isinstance(encoded, EncodedTalks):
+        return TalkCollator(tokenizer), ""
+    return collator(tokenizer, encoded.kind), ""
+
+
+def _vision(trained: Mapping[str, Any]) -> VisionSettings:
+    return VisionSettings.from_dict(trained.get("vision") or {})
+
+
 def scores(
-    model: nn.Module, tokenizer: Any, encoded: Encoded, batch_size: int, tick: Callable[[int], None] | None = None
+    model: nn.Module,
+    tokenizer: Any,
+    encoded: AnyEncoded,
+    batch_size: int,
+    tick: Callable[[int], None] | None = None,
+    collate: Callable[[Any], dict[str, Tensor]] | None = None,
 ) -> dict[str, float]:
     """Loss and what follows from it, of a model as it is."""
-    collate = collator(tokenizer, encoded.kind)
+    collate = collate or collator(tokenizer, encoded.kind)
     order = np.argsort(-np.asarray(encoded.lengths), kind="stable")
 
     def batches() -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(order), batch_size):
             yield collate([encoded[int(index)] for index in order[start : start + batch_size]])
 
-    return score(model, batches(), encoded.kind == "classification", tick)
+    return score(model, batches(), encoded.kind in CLASSIFYING, tick)
 
 
-def _losses(ready: Opened, side: bool, encoded: Encoded, batch_size: int, progress: bool | None) -> dict[str, float]:
+def _losses(
+    ready: Opened, side: bool, encoded: AnyEncoded, batch_size: int, progress: bool | None, collate: Any
+) -> dict[str, float]:
     name = "adapter" if side else "base"
     with ready.using(side) as model, counter(f"{name}: loss", len(encoded), progress) as tick:
-        return scores(model, ready.tokenizer, encoded, batch_size, tick)
+        return scores(model, ready.tokenizer, encoded, batch_size, tick, collate)
 
 
 def _answers(

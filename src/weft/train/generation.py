@@ -20,6 +20,7 @@ from weft.adapter import Adapter
 from weft.core.dropout import own_stream
 from weft.errors import BaseError, DataError, RecipeError
 from weft.train.opening import BaseLike, Opened, opened, trained_format
+from weft.train.seeing import answers, sees
 
 __all__ = ["Prompt", "Sampling", "continue_tokens", "encode", "encode_as", "generate", "stream"]
 
@@ -71,6 +72,7 @@ def generate(
     base: BaseLike = None,
     adapter: Adapter | str | os.PathLike[str] | None = None,
     prompts: Sequence[Prompt],
+    images: Sequence[Sequence[Any]] | None = None,
     chat: bool | None = None,
     sampling: Sampling | None = None,
     batch_size: int = 8,
@@ -84,6 +86,7 @@ def generate(
         base: as in `weft.train`.
         adapter: an adapter, its path, or None: the base answers.
         prompts: texts, or lists of messages.
+        images: paths, bytes or images of Pillow, a list a prompt, for bases that see; None: none.
         chat: put texts into the chat template; None: as the adapter was trained.
         batch_size: prompts at once; like lengths come together, padded on the left.
         allow_other_base: use the adapter on a base with another fingerprint; shapes have to agree.
@@ -92,9 +95,13 @@ def generate(
         DataError: an empty prompt, or messages for a tokenizer without a chat template.
     """
     with (
-        opened(base, adapter, dtype=dtype, device=device, allow_other_base=allow_other_base) as ready,
+        opened(
+            base, adapter, dtype=dtype, device=device, kind=_kind(images), allow_other_base=allow_other_base
+        ) as ready,
         ready.using(True) as model,
     ):
+        if images is not None or sees(ready.tokenizer):
+            return _seen(model, ready.tokenizer, prompts, images, sampling or Sampling())
         encoded = encode(ready, prompts, chat)
         answers = continue_tokens(model, ready.tokenizer, encoded, sampling or Sampling(), batch_size)
     return [ready.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
@@ -105,6 +112,7 @@ def stream(
     base: BaseLike = None,
     adapter: Adapter | str | os.PathLike[str] | None = None,
     prompt: Prompt,
+    images: Sequence[Any] | None = None,
     chat: bool | None = None,
     sampling: Sampling | None = None,
     dtype: str | None = None,
@@ -113,11 +121,34 @@ def stream(
 ) -> Iterator[str]:
     """One answer, piece by piece as it comes; arguments as in `generate`. Stopping early stops the model."""
     with (
-        opened(base, adapter, dtype=dtype, device=device, allow_other_base=allow_other_base) as ready,
+        opened(
+            base, adapter, dtype=dtype, device=device, kind=_kind(images), allow_other_base=allow_other_base
+        ) as ready,
         ready.using(True) as model,
     ):
+        if images is not None or sees(ready.tokenizer):
+            shown = None if images is None else [images]
+            yield from _seen(model, ready.tokenizer, [prompt], shown, sampling or Sampling())
+            return
         tokens = encode(ready, [prompt], chat)[0]
         yield from _pieces(model, ready.tokenizer, tokens, sampling or Sampling())
+
+
+def _kind(images: Any) -> str | None:
+    return None if images is None else "image-text"
+
+
+def _seen(model: nn.Module, processor: Any, prompts: Sequence[Prompt], images: Any, sampling: Sampling) -> list[str]:
+    """Answers of a base that sees, one prompt after the other."""
+    if not sees(processor):
+        raise BaseError(
+            "these prompts have images, and the base has no processor for text and images; give one that sees"
+        )
+    config = _generation_config(model, processor.tokenizer, sampling)
+    config.max_new_tokens = sampling.max_new_tokens
+    with own_stream(sampling.seed), _eval(model):
+        found = answers(model, processor, prompts, images, config)
+    return [processor.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in found]
 
 
 def encode(ready: Opened, prompts: Sequence[Prompt], chat: bool | None) -> list[list[int]]:

@@ -5,6 +5,7 @@ Stands on `weft.data`. Does not know models beyond their longest sequence, and n
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,17 @@ from weft.data import (
     pack,
     require_packing,
 )
+from weft.data.pictures import EncodedImages
+from weft.data.talks import EncodedTalks, TalkCollator
 from weft.errors import DataError, RecipeError
 from weft.train.recipe import Recipe
+from weft.train.vision import encode_part, encode_talk_part, image_collator, in_the_heads_order
+from weft.train.vision_settings import VisionSettings
 
 __all__ = ["Features", "Inputs", "Texts", "longest", "prepare", "read"]
 
 DEFAULT_LENGTH = 1024
+AnyEncoded = Encoded | EncodedImages | EncodedTalks
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,14 @@ class Texts:
     kind: str
     notes: tuple[str, ...] = ()
 
+    def for_base(self, base: Any) -> Texts:
+        """With the classes in the order of the base's own head, where it knows their names."""
+        if self.kind != "classify-images":
+            return self
+        train = in_the_heads_order(self.train, base)
+        evaluated = self.evaluated and dataclasses.replace(self.evaluated, labels=train.labels)
+        return dataclasses.replace(self, train=train, evaluated=evaluated)
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -59,8 +73,8 @@ class Inputs:
         data: provenance and account, by ``"train"`` and ``"eval"``.
     """
 
-    train: Encoded
-    evaluated: Encoded | None
+    train: AnyEncoded
+    evaluated: AnyEncoded | None
     collate: Callable[[list[Any]], dict[str, Tensor]]
     collate_eval: Callable[[list[Any]], dict[str, Tensor]]
     max_length: int
@@ -92,23 +106,31 @@ class Inputs:
 
 
 class Features(Dataset[Any]):
-    """Encoded features as torch's data set."""
+    """Encoded features as torch's data set.
 
-    def __init__(self, encoded: Encoded) -> None:
-        self.encoded = encoded
+    Args:
+        sampler: its epoch, with `seed` and the row, is the seed of what is changed in images by chance; None: nothing is.
+    """
+
+    def __init__(self, encoded: AnyEncoded, sampler: LengthGroupedSampler | None = None, seed: int = 0) -> None:
+        self.encoded, self.sampler, self.seed = encoded, sampler, seed
 
     def __len__(self) -> int:
         return len(self.encoded)
 
     def __getitem__(self, index: int) -> Any:
-        return self.encoded[index]
+        feature = self.encoded[index]
+        if self.sampler is not None and "image" in feature:
+            feature["seed"] = f"{self.seed}/{self.sampler.epoch}/{index}"
+        return feature
 
 
-def read(recipe: Recipe, data: Any, eval_data: Any, labels: Sequence[str] | None = None) -> Texts:
+def read(recipe: Recipe, data: Any, eval_data: Any, labels: Sequence[str] | None = None, images: Any = None) -> Texts:
     """Read the examples; ``eval_data`` may be a share of the training data to hold out.
 
     Args:
         labels: names of the classes where they are known; None: those of the training data.
+        images: the folder that paths of images begin in; None: that of the data.
 
     Raises:
         DataError: see `weft.data.load_examples`; or nothing was named.
@@ -117,7 +139,12 @@ def read(recipe: Recipe, data: Any, eval_data: Any, labels: Sequence[str] | None
         raise DataError("no training data: give data (--data FILE)")
     kind = None if recipe.kind == "auto" else recipe.kind
     columns = dict(recipe.columns) if recipe.columns else None
-    train = load_examples(data, columns=columns, kind=kind, labels=labels)
+    train = load_examples(data, columns=columns, kind=kind, labels=labels, images=images)
+    if images is not None and train.images is None:
+        raise DataError(
+            f"{train.source}: images are in {images}, but these examples have none ({train.kind}); say what they are, as in --task "
+            "classify-images or --task image-text"
+        )
     if isinstance(eval_data, float):
         if not 0 < eval_data < 1:
             raise DataError(f"eval_data={eval_data}: a share of the training data to hold out is above 0 and below 1")
@@ -125,7 +152,9 @@ def read(recipe: Recipe, data: Any, eval_data: Any, labels: Sequence[str] | None
     else:
         evaluated = None
         if eval_data is not None:
-            evaluated = load_examples(eval_data, columns=columns, kind=train.kind, labels=train.labels or None)
+            evaluated = load_examples(
+                eval_data, columns=columns, kind=train.kind, labels=train.labels or None, images=images
+            )
     notes = [*train.notes, *(evaluated.notes if evaluated else ())]
     if evaluated is not None:
         warning = overlap(train, evaluated).warning()
@@ -158,12 +187,20 @@ def longest(recipe: Recipe, model: nn.Module, tokenizer: Any) -> int:
     return recipe.max_length or min(allowed, DEFAULT_LENGTH)
 
 
-def prepare(recipe: Recipe, texts: Texts, model: nn.Module, tokenizer: Any) -> Inputs:
+def prepare(recipe: Recipe, texts: Texts, model: nn.Module, tokenizer: Any, progress: bool | None = False) -> Inputs:
     """Encode, and pack if the recipe says so.
+
+    Args:
+        tokenizer: of the base; for images its processor.
+        progress: see `weft.train.bars.counter`; images take a while.
 
     Raises:
         DataError: nothing is left to train on; the model can't take packed rows; see `weft.data.encode`.
     """
+    if texts.kind == "classify-images":
+        return _prepare_images(recipe, texts, model, tokenizer, progress)
+    if texts.kind == "image-text":
+        return _prepare_talks(recipe, texts, model, tokenizer, progress)
     max_length = longest(recipe, model, tokenizer)
     settings: dict[str, Any] = {
         "max_length": max_length,
@@ -192,7 +229,40 @@ def prepare(recipe: Recipe, texts: Texts, model: nn.Module, tokenizer: Any) -> I
     return Inputs(train, evaluated, collate, collate_eval, max_length, data, texts.notes)
 
 
-def _account(examples: Examples, encoded: Encoded) -> dict[str, Any]:
+def _prepare_images(recipe: Recipe, texts: Texts, model: nn.Module, processor: Any, progress: bool | None) -> Inputs:
+    """Images and classes: decoded once, so that what can't be read is known before anything starts."""
+    settings = recipe.vision or VisionSettings()
+    labels = texts.train.labels
+    train = encode_part(texts.train, settings, labels, progress)
+    evaluated = None if texts.evaluated is None else encode_part(texts.evaluated, settings, labels, progress)
+    data = {"train": _account(texts.train, train) | {"digest": train.digest}}
+    if evaluated is not None and texts.evaluated is not None:
+        data["eval"] = _account(texts.evaluated, evaluated) | {"digest": evaluated.digest}
+    collate, note = image_collator(model, processor, settings, augment=True)
+    collate_eval, _ = image_collator(model, processor, settings, augment=False)
+    notes = (*texts.notes, *((note,) if note else ()))
+    return Inputs(train, evaluated, collate, collate_eval, 0, data, notes)
+
+
+def _prepare_talks(recipe: Recipe, texts: Texts, model: nn.Module, processor: Any, progress: bool | None) -> Inputs:
+    """Conversations with images."""
+    if recipe.batching == "packed":
+        raise RecipeError(
+            "batching='packed' puts several examples in a row, and images can't be parted there; use 'length'"
+        )
+    max_length = longest(recipe, model, getattr(processor, "tokenizer", None))
+    train = encode_talk_part(texts.train, processor, recipe, max_length, progress)
+    evaluated = (
+        None if texts.evaluated is None else encode_talk_part(texts.evaluated, processor, recipe, max_length, progress)
+    )
+    data = {"train": _account(texts.train, train) | {"digest": train.digest}}
+    if evaluated is not None and texts.evaluated is not None:
+        data["eval"] = _account(texts.evaluated, evaluated) | {"digest": evaluated.digest}
+    collate = TalkCollator(processor)
+    return Inputs(train, evaluated, collate, collate, max_length, data, texts.notes)
+
+
+def _account(examples: Examples, encoded: AnyEncoded) -> dict[str, Any]:
     account = encoded.account
     facts = {
         "source": str(examples.source),

@@ -102,9 +102,9 @@ def _check_quantize(recipe: Recipe) -> None:
 def _check_loss_chunk(recipe: Recipe) -> None:
     if recipe.loss_chunk is None:
         return
-    if recipe.kind == "classification":
+    if recipe.kind in ("classification", "classify-images"):
         raise RecipeError(
-            f"loss_chunk={recipe.loss_chunk} with kind='classification': one label a row has no large logits; leave loss_chunk out"
+            f"loss_chunk={recipe.loss_chunk} with kind={recipe.kind!r}: one label a row has no large logits; leave loss_chunk out"
         )
     if recipe.compile:
         raise RecipeError(

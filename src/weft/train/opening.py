@@ -19,6 +19,7 @@ from weft.adapter import Adapter
 from weft.core.bank import Bank
 from weft.errors import BaseError
 from weft.spec import LoraSpec
+from weft.train.vision import open_classifier, open_talker
 
 __all__ = [
     "BaseLike",
@@ -35,14 +36,15 @@ BaseLike = str | os.PathLike[str] | tuple[nn.Module, Any] | Mapping[str, Any] | 
 
 
 def open_base(
-    base: BaseLike, *, labels: Sequence[str] | None = None, dtype: str | None = None
+    base: BaseLike, *, labels: Sequence[str] | None = None, dtype: str | None = None, kind: str | None = None
 ) -> tuple[nn.Module, Any]:
-    """The model and the tokenizer of a base.
+    """The model and the tokenizer of a base; where there are images, its processor.
 
     Args:
         base: a path, a hub id, None for the embedded base, or a (model, tokenizer) pair.
         labels: label names where the model is to classify; None: a causal language model.
         dtype: of the weights, for a base that is loaded here; None: as stored.
+        kind: of the examples, where they have images.
 
     Raises:
         BaseError: it can't be loaded; or a pair whose model has another number of labels.
@@ -51,6 +53,10 @@ def open_base(
         raise BaseError(
             "two towers are trained with kind='contrastive' or 'fused' (--task), and evaluated with their run: weft eval RUN"
         )
+    if kind == "classify-images":
+        return open_classifier(base, labels, dtype)
+    if kind == "image-text":
+        return open_talker(base, dtype)
     if isinstance(base, tuple):
         model, tokenizer = base
         there = getattr(getattr(model, "config", None), "num_labels", None)
@@ -74,7 +80,12 @@ def head_modules(model: nn.Module) -> tuple[str, ...]:
     new = new_modules(model)
     if new:
         return new
-    body = getattr(model, "base_model_prefix", "")
+    if not hasattr(model, "base_model_prefix"):  # plain PyTorch: the last module, as models are written
+        last = [
+            name for name, child in model.named_children() if name != "weft" and any(True for _ in child.parameters())
+        ]
+        return tuple(last[-1:])
+    body = model.base_model_prefix
     return tuple(
         name
         for name, child in model.named_children()
@@ -118,6 +129,7 @@ def opened(
     dtype: str | None = None,
     device: str | None = None,
     labels: Sequence[str] | None = None,
+    kind: str | None = None,
     allow_other_base: bool = False,
 ) -> Iterator[Opened]:
     """Open a base, put an adapter on it, and take it off again.
@@ -127,6 +139,7 @@ def opened(
     Args:
         device: for a base that is loaded here; None: a GPU where there is one.
         labels: label names, for a classification; None: those that the adapter was trained with.
+        kind: of the examples, where they have images; None: what the adapter was trained on.
 
     Raises:
         BaseMismatchError: the adapter was made for another base.
@@ -135,8 +148,10 @@ def opened(
     from weft.models.attach import attach
 
     value = adapter if isinstance(adapter, Adapter) or adapter is None else load(adapter)
-    known = trained_format(value).get("labels") if value is not None else None
-    model, tokenizer = open_base(base, labels=labels or known, dtype=dtype)
+    trained = trained_format(value)
+    model, tokenizer = open_base(
+        base, labels=labels or trained.get("labels"), dtype=dtype, kind=kind or trained.get("kind")
+    )
     if not isinstance(base, tuple):
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if value is None:
@@ -166,7 +181,7 @@ def trained_format(adapter: Adapter | None) -> dict[str, Any]:
     recipe = dict(adapter.provenance.recipe or {})
     found = {
         name: recipe[name]
-        for name in ("kind", "separator", "as_chat", "mask_prompt", "max_length")
+        for name in ("kind", "separator", "as_chat", "mask_prompt", "max_length", "vision")
         if recipe.get(name) is not None
     }
     labels = next((part["labels"] for part in adapter.provenance.data if part.get("labels")), None)

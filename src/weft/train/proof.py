@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from weft.adapter import Adapter
 from weft.data import Encoded
+from weft.data.pictures import EncodedImages
+from weft.data.talks import EncodedTalks
 from weft.errors import FormatError
 from weft.train.opening import opened
 
@@ -29,7 +31,7 @@ TOLERANCES = {
 }
 """Largest difference of a logit, relative to the spread of the stored logits, by dtype of the base."""
 
-PROMPTS, TOKENS, LARGE_VOCABULARY = 4, 32, 65536
+PROMPTS, TOKENS, LARGE_VOCABULARY, IMAGES = 4, 32, 65536, 2
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,29 @@ class ProofReport:
         )
 
 
-def make_proof(model: nn.Module, features: Encoded) -> Mapping[str, Tensor]:
+def make_proof(
+    model: nn.Module,
+    features: Encoded | EncodedImages | EncodedTalks,
+    collate: Callable[[list[Any]], dict[str, Tensor]] | None = None,
+) -> Mapping[str, Tensor]:
     """Golden prompts and what the model says to them now.
 
     Args:
         model: with the adapter in use.
-        features: where prompts are taken from: the start of at most 4 different ones, all of one length.
+        features: where prompts are taken from: the start of at most 4 different ones, all of one length; or two images.
+        collate: makes pixels of images.
 
     Returns:
-        ``input_ids`` (n, t) int64 and ``logits`` (n, V) float32 at the last position; of a classifier, its logits.
+        ``input_ids`` (n, t) int64 and ``logits`` (n, V) float32 at the last position; of a classifier, its logits;
+        for images ``pixel_values`` (n, 3, H, W) in the place of ``input_ids``.
     """
+    if isinstance(features, EncodedImages):
+        assert collate is not None
+        batch = collate([features[index] for index in range(min(len(features), IMAGES))])
+        pixels = batch["pixel_values"]
+        return {"pixel_values": pixels.clone(), "logits": last_logits(model, pixels, "pixel_values").clone()}
+    if isinstance(features, EncodedTalks):
+        return {}  # the pixels of a conversation have another layout in every architecture
     rows: list[Any] = []
     seen: set[bytes] = set()
     for index in range(min(len(features), 64)):
@@ -116,15 +131,16 @@ def _golden(model: nn.Module, rows: Sequence[Any]) -> Mapping[str, Tensor]:
 
 
 @torch.no_grad()
-def last_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+def last_logits(model: nn.Module, inputs: Tensor, name: str = "input_ids") -> Tensor:
     """(n, V) float32 on the CPU: logits at the last position, one prompt at a time, in eval mode."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
         found = []
-        for row in input_ids.to(device):
-            logits = model(input_ids=row[None], attention_mask=torch.ones_like(row[None])).logits
+        for row in inputs.to(device):
+            rest = {"attention_mask": torch.ones_like(row[None])} if name == "input_ids" else {}
+            logits = model(**{name: row[None]}, **rest).logits
             found.append(logits[0, -1] if logits.dim() == 3 else logits[0])
     finally:
         model.train(training)
@@ -148,15 +164,16 @@ def prove(
     with opened((model, None), adapter, allow_other_base=allow_other_base) as ready:
         assert ready.adapter is not None
         proof = ready.adapter.proof
-        if not {"input_ids", "logits"} <= proof.keys():
+        name = "pixel_values" if "pixel_values" in proof else "input_ids"
+        if not {name, "logits"} <= proof.keys():
             where = "" if isinstance(adapter, Adapter) else adapter
             raise FormatError(
                 "no golden prompts, so nothing can be proved; adapters that weft trains have them", path=where
             )
         with ready.using(True):
-            now = last_logits(model, proof["input_ids"])
+            now = last_logits(model, proof[name], name)
         with ready.using(False):
-            without = last_logits(model, proof["input_ids"])
+            without = last_logits(model, proof[name], name)
     stored = proof["logits"].float()
     spread = float(stored.std().clamp_min(1e-12))
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())

@@ -20,11 +20,15 @@ from weft.spec import LoraSpec
 from weft.train.adaptive import Adaptive, adaptive_from, to_section
 from weft.train.measures import OFFLOADED, QUANTIZED, RECOMPUTED, check_measures
 from weft.train.pair_settings import PAIR_KINDS, PairSettings, pair_settings
+from weft.train.vision_settings import VisionSettings
 from weft.train.yaml12 import dump, parse, parse_file
 
-__all__ = ["BATCHING", "KINDS", "METRICS", "PRECISIONS", "SCHEDULES", "Recipe"]
+__all__ = ["BATCHING", "CLASSIFYING", "KINDS", "METRICS", "PRECISIONS", "SCHEDULES", "Recipe"]
 
-KINDS = ("auto", "chat", "completion", "classification", "text", *PAIR_KINDS)
+KINDS = ("auto", "chat", "completion", "classification", "text", "classify-images", "image-text", *PAIR_KINDS)
+CLASSIFYING = ("classification", "classify-images")
+"""Kinds whose examples have one label each."""
+
 SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt", "polynomial")
 BATCHING = ("length", "packed", "random")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
@@ -89,6 +93,7 @@ class Recipe:
         device: ``"auto"`` or ``"cpu"``.
         two_tower: how texts and images are brought together, for ``kind="contrastive"`` and ``"fused"``: a
             `weft.train.pair_settings.PairSettings`, or a section with its fields.
+        vision: the section for images, see `weft.train.vision_settings.VisionSettings`; None: its defaults.
         report_to: trackers beside the run folder's own log: ``tensorboard``, ``wandb``, ``trackio`` …
 
     Raises:
@@ -140,6 +145,7 @@ class Recipe:
     compile: bool = False
     workers: int = 0
     device: str = "auto"
+    vision: VisionSettings | None = None
     report_to: tuple[str, ...] = ()
     adaptive: Adaptive | None = None
     two_tower: PairSettings | None = None
@@ -159,6 +165,9 @@ class Recipe:
         object.__setattr__(self, "adaptive", adaptive_from(self.adaptive))
         if isinstance(self.two_tower, Mapping):
             object.__setattr__(self, "two_tower", pair_settings(self.two_tower))
+        vision: Any = self.vision
+        if isinstance(vision, Mapping):
+            object.__setattr__(self, "vision", VisionSettings.from_dict(vision))
         for name, (holds, expected) in _RULES.items():
             value = getattr(self, name)
             if not holds(value):
@@ -212,12 +221,15 @@ class Recipe:
         """What a mapping in the recipe or in its spec holds now."""
         if name == "adaptive":
             return to_section(self.adaptive)
+        if name == "vision":
+            return self.vision.to_dict() if self.vision is not None else None
         return getattr(self if name == "columns" else self.spec, name, None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; the spec as a section of its own."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
         values["spec"] = self.spec.to_dict() if self.spec is not None else None
+        values["vision"] = self.vision.to_dict() if self.vision is not None else None
         values["report_to"], values["offload"] = list(self.report_to), list(self.offload)
         values["two_tower"] = self.two_tower.to_dict() if self.two_tower is not None else None
         values["columns"] = dict(self.columns) if self.columns is not None else None
@@ -341,7 +353,7 @@ def _is_recomputation(value: Any) -> bool:
     return _is_bool(value) or _whole(1)(value) or _one_of(RECOMPUTED)(value)
 
 
-_MAPPINGS = ("rank_pattern", "alpha_pattern", "columns", "adaptive")
+_MAPPINGS = ("rank_pattern", "alpha_pattern", "columns", "adaptive", "vision")
 _SECTIONS = ("two_tower", "towers")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _ALLOWED = {"kind": KINDS, "schedule": SCHEDULES, "batching": BATCHING, "mixed_precision": PRECISIONS, "dtype": _DTYPES,
@@ -380,6 +392,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "gradient_checkpointing": (_is_recomputation, f"true, false, a number of layers, or {RECOMPUTED[0]!r}"),
     "reentrant": (_is_bool, "true or false"),
     "compile": (_is_bool, "true or false"),
+    "vision": (_or_none(lambda value: isinstance(value, VisionSettings)), "a section with fields such as augment and head"),
     "workers": (_whole(0), "a whole number of at least 0"),
     "offload": (_some_of(OFFLOADED), f"a list out of {', '.join(OFFLOADED)}"),
     "loss_chunk": (_or_none(_whole(1)), _COUNT + " of tokens"),
@@ -442,11 +455,11 @@ def _check_contradictions(recipe: Recipe) -> None:
         raise RecipeError(
             f"metric='eval_recall_at_1' is reported for kind='contrastive' alone, and the recipe's kind is {recipe.kind!r}"
         )
-    if classifies and recipe.kind not in ("auto", "classification", "fused"):
+    if classifies and recipe.kind not in ("auto", *CLASSIFYING, "fused"):
         raise RecipeError(
             f"metric={recipe.metric!r} is never reported for kind={recipe.kind!r}; expected eval_loss or eval_perplexity"
         )
-    if recipe.metric == "eval_perplexity" and recipe.kind == "classification":
+    if recipe.metric == "eval_perplexity" and recipe.kind in CLASSIFYING:
         raise RecipeError(
             "metric='eval_perplexity' is never reported for classification; expected eval_loss, eval_accuracy or eval_macro_f1"
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 from weft.errors import RecipeError
 from weft.train.adaptive import GrowOnPlateau
-from weft.train.recipe import METRICS, Recipe
+from weft.train.recipe import CLASSIFYING, METRICS, Recipe
 
 __all__ = ["Facts", "Schedule", "learning_rate_for", "settle"]
 
@@ -202,7 +202,7 @@ def _check(recipe: Recipe, facts: Facts) -> None:
                 raise RecipeError(
                     f"{name}={value!r} needs evaluation data, and there is none; give eval_data (--eval FILE)"
                 )
-    classifies = facts.kind in ("classification", "fused")
+    classifies = facts.kind in (*CLASSIFYING, "fused")
     reported = [name for name, better in METRICS.items() if _reports(facts.kind, name, better)]
     if recipe.best_metric not in reported:
         raise RecipeError(
@@ -218,6 +218,6 @@ def _reports(kind: str, metric: str, better: str) -> bool:
     """Whether trainings of this kind report a metric."""
     if kind == "contrastive":
         return metric in ("eval_loss", "eval_recall_at_1")
-    if kind in ("classification", "fused"):
+    if kind in (*CLASSIFYING, "fused"):
         return metric not in ("eval_perplexity", "eval_recall_at_1")
     return better == "lower"

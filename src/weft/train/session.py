@@ -25,7 +25,7 @@ from weft.train.pair_settings import PAIR_KINDS
 from weft.train.progress import LogWriter, Progress, StopOnSignal, say
 from weft.train.quantized import unsaid
 from weft.train.ranks import ranks_for
-from weft.train.recipe import Recipe
+from weft.train.recipe import CLASSIFYING, Recipe
 from weft.train.recompute import checkpointing
 from weft.train.run import Folder, plain_json
 from weft.train.schedule import Schedule
@@ -110,14 +110,14 @@ class Session:
         return trained, replace(outcome, adapter=final or outcome.adapter)
 
     def _trainer(self, callbacks: list[TrainerCallback]) -> AdapterTrainer:
-        processes = self.args.world_size
+        sampler = self.inputs.sampler(self.recipe, self.args.world_size)
         setup = Setup(
             bank=self.bank,
             slot=self.slot,
             schedule=self.schedule,
-            sampler=self.inputs.sampler(self.recipe, processes),
+            sampler=sampler,
             eval_order=self.inputs.eval_order(),
-            classifies=self.inputs.train.kind in ("classification", "fused"),
+            classifies=self.inputs.train.kind in (*CLASSIFYING, "fused"),
             lora_plus_ratio=self.recipe.lora_plus_ratio,
             snapshot=self.snapshot,
             keep=self.recipe.keep,
@@ -133,7 +133,7 @@ class Session:
             self.model,
             self.args,
             setup,
-            train_dataset=Features(self.inputs.train),
+            train_dataset=Features(self.inputs.train, sampler, self.recipe.seed),
             eval_dataset=None if evaluated is None else Features(evaluated),
             data_collator=self.inputs.collate,
             eval_collator=self.inputs.collate_eval,

@@ -137,6 +137,13 @@ class AdapterTrainer(Trainer):
         if not self.setup.placed:
             super()._move_model_to_device(model, device)
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Trainer's; images without text count as one each."""
+        if "input_ids" in inputs:
+            super()._track_num_input_tokens(inputs)
+        else:
+            self.state.num_input_tokens_seen += len(inputs["labels"]) * self.args.world_size
+
     def _loss_in_parts(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """As `_summed_loss`; the logits are made part by part."""
         assert self._chunked is not None

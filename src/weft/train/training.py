@@ -26,7 +26,7 @@ from weft.core.sites import find_sites
 from weft.errors import RecipeError, RunError, RunStoppedError, UnsupportedError
 from weft.identity import Fingerprint, fingerprint
 from weft.models.attach import attach
-from weft.models.targets import resolve_default
+from weft.models.targets import in_parts, resolve_default
 from weft.spec import LoraSpec
 from weft.train import checkpoints
 from weft.train.adaptive import Adaptive, check_spec
@@ -39,12 +39,13 @@ from weft.train.pair_settings import PAIR_KINDS
 from weft.train.progress import say
 from weft.train.proof import make_proof
 from weft.train.quantized import quantise, require
-from weft.train.recipe import Recipe
+from weft.train.recipe import CLASSIFYING, Recipe
 from weft.train.recompute import above, check_below, recomputable
 from weft.train.run import Folder, Report, Run, describe_environment
 from weft.train.schedule import Facts, Schedule, settle
 from weft.train.session import Outcome, Session, check_names, training_arguments
 from weft.train.sharding import check_whole
+from weft.train.vision_settings import VisionSettings
 
 __all__ = [
     "digests_of",
@@ -69,10 +70,10 @@ def train(
     base: BaseLike = None,
     data: Any = None,
     eval_data: Any = None,
+    images: str | os.PathLike[str] | None = None,
     spec: LoraSpec | None = None,
     recipe: Recipe | None = None,
     adaptive: Adaptive | None = None,
-    images: str | os.PathLike[str] | None = None,
     out: str | os.PathLike[str],
     resume: bool = False,
     overwrite: bool = False,
@@ -86,7 +87,7 @@ def train(
             ``{"text_model": …, "vision_model": …}``, or one CLIP-like base.
         data: a path, a hub data set, or a list of dicts; the kind is recognised, see `weft.data.load_examples`.
         eval_data: the same for the evaluation; or a share of the training data to hold out, as in 0.1; or None.
-        images: the folder that paths of images in the data begin in; None: that of the data.
+        images: the folder that the data's paths of images begin in, and never leave; None: the folder of the data.
         spec: what to adapt and how; may be in the recipe instead. For a classification the head is added.
         recipe: how to train; None: the stable defaults.
         adaptive: ranks that change while it trains: `GrowOnPlateau`, `BudgetRanks` or `ShrinkBySpectrum`; may be in the recipe instead.
@@ -112,9 +113,9 @@ def train(
     call = _Call(Folder(out), resume, overwrite, progress)
     recipe = with_adaptive(recipe, adaptive)
     job = (
-        call.resumed(base, data, eval_data, spec, recipe, images)
+        call.resumed(_Job(base, data, eval_data, images, Recipe()), spec, recipe)
         if resume
-        else _Job(base, data, eval_data, one_recipe(spec, recipe), images)
+        else _Job(base, data, eval_data, images, one_recipe(spec, recipe))
     )
     if resume and call.folder.finished:
         return Run.open(out)
@@ -125,9 +126,11 @@ def train(
         require(job.recipe.quantize)
     if job.recipe.kind in PAIR_KINDS or isinstance(job.base, Mapping):
         return _train_pairs(call, job)
-    texts = read(job.recipe, job.data, job.eval_data)
+    texts = read(job.recipe, job.data, job.eval_data, images=job.images).for_base(job.base)
     call.say(texts.train.summary(), *([texts.evaluated.summary()] if texts.evaluated else []))
-    model, tokenizer = open_base(job.base, labels=texts.train.labels or None, dtype=dtype_of(job.recipe))
+    model, tokenizer = open_base(
+        job.base, labels=texts.train.labels or None, dtype=dtype_of(job.recipe), kind=texts.kind
+    )
     with as_before(model):
         return _train(call, job, texts, model, tokenizer)
 
@@ -139,8 +142,8 @@ class _Job:
     base: BaseLike
     data: Any
     eval_data: Any
+    images: Any
     recipe: Recipe
-    images: Any = None
 
     @property
     def spec(self) -> LoraSpec:
@@ -171,29 +174,21 @@ class _Call:
         if self.main and self.progress is not False:
             say(*lines)
 
-    def resumed(
-        self,
-        base: BaseLike,
-        data: Any,
-        eval_data: Any,
-        spec: LoraSpec | None,
-        recipe: Recipe | None,
-        images: Any = None,
-    ) -> _Job:
+    def resumed(self, asked: _Job, spec: LoraSpec | None, recipe: Recipe | None) -> _Job:
         """The job of a run folder, with what the caller gives again for what can't be written down."""
         folder = self.folder.require()
         stored = folder.read_environment().get("inputs", {})
         saved = Recipe.load(folder.recipe)
         if spec is not None or recipe is not None:
             _check_recipe(folder, saved, one_recipe(spec, recipe))
-        given: dict[str, Any] = {"base": base, "data": data, "eval_data": eval_data, "images": images}
+        given: dict[str, Any] = {name: getattr(asked, name) for name in ("base", "data", "eval_data", "images")}
         for name, value in given.items():
             if value is None and stored.get(name) == OBJECT:
                 raise RunError(
                     f"{folder.root}: this run's {name} was an object, which can't be read from the folder; give {name} again"
                 )
             given[name] = stored.get(name) if value is None else value
-        return _Job(given["base"], given["data"], given["eval_data"], saved, given["images"])
+        return _Job(**given, recipe=saved)
 
     def start(self, recipe: Recipe, environment: dict[str, Any]) -> Any:
         """Make the folder, or bring the log of a killed run back to its newest checkpoint. Returns the lock."""
@@ -227,19 +222,29 @@ def _train_pairs(call: _Call, job: _Job) -> Run:
         return _train(call, job, pairs, model, processor)
 
 
+def _spec_of(spec: LoraSpec, recipe: Recipe, model: nn.Module, kind: str) -> LoraSpec:
+    """The spec with a classification's head in it, or with the sites of the parts of a model that sees."""
+    settings = recipe.vision or VisionSettings()
+    if kind in CLASSIFYING and settings.head == "train":
+        return with_head(spec, model)
+    if kind == "image-text":
+        return in_parts(model, spec, language=settings.language, vision=settings.vision, projector=settings.projector)
+    return spec
+
+
 def _train(call: _Call, job: _Job, texts: Texts | PairTexts, model: nn.Module, tokenizer: Any) -> Run:
     recipe, folder = job.recipe, call.folder
     inputs: Any
     if isinstance(texts, PairTexts):
         inputs, spec = prepare_pairs(recipe, texts, model, tokenizer), pair_spec(recipe, job.spec, model)
     else:
-        inputs = prepare(recipe, texts, model, tokenizer)
-        spec = with_head(job.spec, model) if inputs.train.kind == "classification" else job.spec
+        inputs = prepare(recipe, texts, model, tokenizer, call.progress)
+        spec = _spec_of(job.spec, recipe, model, inputs.train.kind)
     if recipe.adaptive is not None:
         check_spec(recipe.adaptive, spec)
     schedule = settle(recipe, facts_of(inputs, model, recipe, spec))
     batches = inputs.first_batches(recipe) if any(own.init in ("eva", "lora_ga") for own in spec.everywhere()) else None
-    recipe = recipe.replace(spec=spec, kind=texts.kind, max_length=inputs.max_length)
+    recipe = recipe.replace(spec=spec, kind=texts.kind, max_length=inputs.max_length or recipe.max_length)
     low = recipe.freeze_below
     adapted = above(model, spec, low)
     stored = _quantised(job, recipe, model, adapted)
@@ -360,7 +365,11 @@ def _result(bank: Bank, trained: Adapter, inputs: Inputs, provenance: Provenance
     came = dataclasses.replace(provenance, evaluation=evaluation, base=trained.provenance.base)
     if provenance.recipe and provenance.recipe.get("quantize"):
         return trained.replace(provenance=came)  # answers of the quantised base would prove nothing on the stored one
-    proof = {} if inputs.train.kind in PAIR_KINDS else make_proof(bank.model, inputs.evaluated or inputs.train)
+    proof = (
+        {}
+        if inputs.train.kind in PAIR_KINDS
+        else make_proof(bank.model, inputs.evaluated or inputs.train, inputs.collate_eval)
+    )
     return trained.replace(provenance=came, proof=proof)
 
 

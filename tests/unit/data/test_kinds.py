@@ -112,7 +112,7 @@ def test_conversations_of_other_tools_are_mapped():
         ([{"content": "a"}], "expected 'role' and 'content'"),
         ([{"role": "user", "content": 3}], "is a number"),
         ([{"role": "user", "content": None}], "has no 'content'"),
-        ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "part of type 'image'"),
+        ([{"role": "user", "content": [{"type": "audio", "url": "x"}]}], "part of type 'audio'"),
         ([{"role": 1, "content": "a"}], "is a number"),
     ],
 )
