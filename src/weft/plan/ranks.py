@@ -197,6 +197,11 @@ def recommend_rank(
         if not isinstance(base, tuple) and torch.cuda.is_available() and wanted.device != "cpu":
             model.to("cuda")
         inputs = prepare(wanted, texts, model, tokenizer)
+        if not isinstance(inputs.train, Encoded):
+            raise PlanError(
+                f"kind={inputs.train.kind!r}: a rank is recommended for texts alone so far; train with one rank and look at it with "
+                "weft doctor, or let it grow: --set adaptive.kind=grow"
+            )
         chosen = resolve_default(model, wanted.spec or LoraSpec())
         chosen = with_head(chosen, model) if inputs.train.kind == "classification" else chosen
         sites = find_sites(model, chosen).sites

@@ -189,7 +189,9 @@ def test_a_subclass_with_a_forward_of_its_own_is_refused(targets: list[str]) -> 
 def test_the_base_is_pytorchs_own() -> None:
     model = attention()
     before, x = State(model), tokens(L)
+    model.requires_grad_(False)  # as a bank leaves it: PyTorch takes another way then, with other rounding
     expected = model["attn"](x, x, x)
+    model.requires_grad_(True)
     with attach(model, {"a": LoraSpec(rank=2)}) as bank:
         fill(bank)
         bank.use(None)
