@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from weft.core.bank import Bank
     from weft.core.factors import Factors
     from weft.core.merge import merge
+    from weft.diagnosing import diagnose
+    from weft.diagnosis.finding import Finding
     from weft.errors import WeftError
     from weft.formats import convert, load
     from weft.identity import Fingerprint, fingerprint
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from weft.store import Store
     from weft.train import Evaluation, Recipe, Run, evaluate, generate, prove, stream, train
     from weft.train.adaptive import BudgetRanks, GrowOnPlateau, ShrinkBySpectrum
+    from weft.train.watching import Watch
 
 __version__ = "0.1.0"
 
@@ -47,6 +50,7 @@ __all__ = [
     "BudgetRanks",
     "Evaluation",
     "Factors",
+    "Finding",
     "Fingerprint",
     "GrowOnPlateau",
     "LoraSpec",
@@ -56,12 +60,14 @@ __all__ = [
     "ShrinkBySpectrum",
     "Store",
     "TwoTower",
+    "Watch",
     "WeftError",
     "__version__",
     "attach",
     "combine",
     "compare",
     "convert",
+    "diagnose",
     "evaluate",
     "fingerprint",
     "generate",
@@ -82,6 +88,7 @@ _HOME = {
     "BudgetRanks": "weft.train.adaptive",
     "Evaluation": "weft.train",
     "Factors": "weft.core.factors",
+    "Finding": "weft.diagnosis.finding",
     "Fingerprint": "weft.identity",
     "GrowOnPlateau": "weft.train.adaptive",
     "LoraSpec": "weft.spec",
@@ -91,11 +98,13 @@ _HOME = {
     "ShrinkBySpectrum": "weft.train.adaptive",
     "Store": "weft.store",
     "TwoTower": "weft.models.two_tower",
+    "Watch": "weft.train.watching",
     "WeftError": "weft.errors",
     "attach": "weft.models.attach",
     "combine": "weft.compose",
     "compare": "weft.compose",
     "convert": "weft.formats",
+    "diagnose": "weft.diagnosing",
     "evaluate": "weft.train",
     "fingerprint": "weft.identity",
     "generate": "weft.train",

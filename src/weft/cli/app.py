@@ -37,6 +37,7 @@ VERBS = (
     "eval",
     "generate",
     "inspect",
+    "doctor",
     "merge",
     "convert",
     "combine",

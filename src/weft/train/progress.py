@@ -16,16 +16,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from weft.train.bars import counter, progress_bar, say
+from weft.train.watching import Watch, logged
 
 __all__ = ["LogWriter", "Progress", "StopOnSignal", "counter", "progress_bar", "say"]
-
-RENAMED = {
-    "num_input_tokens_seen": "tokens",
-    "grad_norm": "grad_norm",
-    "loss": "loss",
-    "learning_rate": "learning_rate",
-    "epoch": "epoch",
-}
 
 
 class LogWriter(TrainerCallback):
@@ -33,10 +26,12 @@ class LogWriter(TrainerCallback):
 
     Args:
         write: takes one plain mapping.
+        watch: adds its numbers to a line, and is given every line after it was written.
     """
 
-    def __init__(self, write: Callable[[Mapping[str, Any]], None]) -> None:
+    def __init__(self, write: Callable[[Mapping[str, Any]], None], watch: Watch | None = None) -> None:
         self.write = write
+        self.watch = watch
         self.tokens = 0
         self.tokens_per_second = 0.0
         self.seconds = 0.0
@@ -55,27 +50,22 @@ class LogWriter(TrainerCallback):
         now = time.monotonic()
         self.seconds = now - self._started
         self.tokens = int(state.num_input_tokens_seen)
-        logs = logs or {}
-        if "loss" in logs:
+        row = logged(logs or {})
+        if row is None:
+            return
+        if "loss" in row:
             speed = (self.tokens - self._marked_tokens) / max(now - self._marked, 1e-9)
             self._marked, self._marked_tokens = now, self.tokens
             self.tokens_per_second = (self.tokens - self._first_tokens) / max(self.seconds, 1e-9)
-            row = {new: logs[old] for old, new in RENAMED.items() if old in logs}
             row |= {"tokens_per_second": round(speed, 1)}
-            row |= {
-                name: value
-                for name, value in logs.items()
-                if name.startswith(("grad_norm_", "spread_")) or name == "scale"
-            }
-        elif any(name.startswith("eval_") for name in logs):
-            row = {
-                name: value for name, value in logs.items() if name.startswith("eval_") and not name.endswith("_second")
-            }
-            self._marked = now
+            row |= {} if self.watch is None else self.watch.numbers(self.tokens)
         else:
-            return
+            self._marked = now
+        line = {"step": state.global_step, **row, "seconds": round(self.seconds, 3)}
         if state.is_world_process_zero:
-            self.write({"step": state.global_step, **row, "seconds": round(self.seconds, 3)})
+            self.write(line)
+        if self.watch is not None:
+            self.watch.take(line)
 
 
 class Progress(TrainerCallback):
@@ -130,6 +120,15 @@ class Progress(TrainerCallback):
             left = (state.max_steps - state.global_step) * self.log.seconds / done
             rest = f", {left:.0f} s left" if "loss" in logs else ""
             say(f"step {state.global_step}/{state.max_steps}: {text}{rest}")
+
+    def tell(self, line: str) -> None:
+        """A line for the user, above the bar."""
+        if self.mode is False:
+            return
+        if self._bar is None:
+            say(line)
+        else:
+            self._bar.console.print(line, markup=False, highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the bar."""

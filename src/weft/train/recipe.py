@@ -23,7 +23,7 @@ from weft.train.pair_settings import PAIR_KINDS, PairSettings, pair_settings
 from weft.train.vision_settings import VisionSettings
 from weft.train.yaml12 import dump, parse, parse_file
 
-__all__ = ["BATCHING", "CLASSIFYING", "KINDS", "METRICS", "PRECISIONS", "SCHEDULES", "Recipe"]
+__all__ = ["BATCHING", "CLASSIFYING", "KINDS", "METRICS", "ON_TROUBLE", "PRECISIONS", "SCHEDULES", "Recipe"]
 
 KINDS = ("auto", "chat", "completion", "classification", "text", "classify-images", "image-text", *PAIR_KINDS)
 CLASSIFYING = ("classification", "classify-images")
@@ -32,6 +32,7 @@ CLASSIFYING = ("classification", "classify-images")
 SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt", "polynomial")
 BATCHING = ("length", "packed", "random")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+ON_TROUBLE = ("say", "act", "ignore")
 METRICS = {
     "eval_loss": "lower",
     "eval_perplexity": "lower",
@@ -89,6 +90,11 @@ class Recipe:
         compile: `torch.compile` the model.
         adaptive: ranks that change while it trains: a `GrowOnPlateau`, `BudgetRanks` or `ShrinkBySpectrum`, or such a section:
             ``{kind: grow, max_rank: 64}``; None: they stay.
+        on_trouble: what happens when something is found to be wrong while it trains: ``"say"`` says so; ``"act"``: when the loss explodes or
+            is not finite, the run also goes back to the last good checkpoint, halves the learning rate and goes on, at most three
+            times; ``"ignore"``: nothing is said, and `weft doctor` still finds it afterwards.
+        general: a file of texts that the base should still know afterwards, or ``"english"`` for the short text that weft has: its loss is
+            taken before and at every evaluation, and is where forgetting is seen; None: nobody looks. For causal language models.
         workers: processes that prepare batches; 0: the training process does.
         device: ``"auto"`` or ``"cpu"``.
         two_tower: how texts and images are brought together, for ``kind="contrastive"`` and ``"fused"``: a
@@ -143,6 +149,8 @@ class Recipe:
     loss_chunk: int | None = None
     freeze_below: int | None = None
     compile: bool = False
+    on_trouble: str = "say"
+    general: str | None = None
     workers: int = 0
     device: str = "auto"
     vision: VisionSettings | None = None
@@ -357,7 +365,7 @@ _MAPPINGS = ("rank_pattern", "alpha_pattern", "columns", "adaptive", "vision")
 _SECTIONS = ("two_tower", "towers")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _ALLOWED = {"kind": KINDS, "schedule": SCHEDULES, "batching": BATCHING, "mixed_precision": PRECISIONS, "dtype": _DTYPES,
-            "device": ("auto", "cpu"), "metric": tuple(METRICS), "quantize": QUANTIZED, "gradient_checkpointing": RECOMPUTED}  # fmt: skip
+            "device": ("auto", "cpu"), "on_trouble": ON_TROUBLE, "metric": tuple(METRICS), "quantize": QUANTIZED, "gradient_checkpointing": RECOMPUTED}  # fmt: skip
 _POSITIVE, _COUNT = "a number above 0", "a whole number of at least 1"
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "spec": (_or_none(lambda value: isinstance(value, LoraSpec)), "a LoraSpec, or a section with its fields"),
@@ -388,6 +396,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "metric": (_or_none(_one_of(METRICS)), f"a metric that a training reports: {', '.join(METRICS)}"),
     "patience": (_or_none(_whole(0)), "a whole number of at least 0"),
     "two_tower": (_or_none(lambda value: isinstance(value, PairSettings)), "a section with fields of PairSettings"),
+    "general": (_or_none(lambda value: isinstance(value, str) and bool(value)), "the path of a file of texts, or english"),
     "seed": (_whole(0), "a whole number of at least 0"),
     "gradient_checkpointing": (_is_recomputation, f"true, false, a number of layers, or {RECOMPUTED[0]!r}"),
     "reentrant": (_is_bool, "true or false"),

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weft.diagnosis.finding import Finding
 from weft.errors import RunError, did_you_mean, some_names
 from weft.train.curve import loss_curve
 
@@ -68,6 +69,7 @@ class Report:
         notes: what the user should know.
         ranks: where they changed: ``"changes"``, each with step, reason and ranks before and after by site, and ``"sites"``, the ranks of the
             adapter; empty where they didn't.
+        findings: what is wrong with the run, worst first, see `weft.diagnosis.Finding`.
     """
 
     base: Mapping[str, float] = field(default_factory=dict)
@@ -87,16 +89,22 @@ class Report:
     data: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     ranks: Mapping[str, Any] = field(default_factory=dict)
+    findings: tuple[Mapping[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in report.json."""
-        return {**dataclasses.asdict(self), "notes": list(self.notes)}
+        return {
+            **dataclasses.asdict(self),
+            "notes": list(self.notes),
+            "findings": [dict(item) for item in self.findings],
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Report:
         """The inverse of `to_dict`; keys of later versions are dropped."""
         known = {item.name: values[item.name] for item in dataclasses.fields(cls) if item.name in values}
-        return cls(**{**known, "notes": tuple(known.get("notes", ()))})
+        lists = {name: tuple(known.get(name, ())) for name in ("notes", "findings")}
+        return cls(**{**known, **lists})
 
     def text(self) -> str:
         """A short text for people, as in report.md."""
@@ -112,6 +120,7 @@ class Report:
             lines += ["", *side_by_side(self.base, self.adapter)]
         lines += [f"{name}: {part['summary']}" for name, part in self.data.items() if part.get("summary")]
         lines += [f"note: {note}" for note in self.notes]
+        lines += [str(Finding.from_dict(item)) for item in self.findings]
         return "\n".join(lines)
 
 
@@ -259,8 +268,8 @@ class Folder:
             handle.write(json.dumps(plain_json(row)) + "\n")
 
     def rewind_log(self, step: int) -> None:
-        """Drop the lines after a step: a resumed run writes them again."""
-        kept = [row for row in self.read_log() if row.get("step", 0) <= step]
+        """Drop the lines after a step: a resumed run writes them again. What says that it went back stays."""
+        kept = [row for row in self.read_log() if row.get("step", 0) <= step or row.get("of") == "trouble"]
         write_beside(self.log, "".join(json.dumps(row) + "\n" for row in kept))
 
     def save_recipe(self, recipe: Recipe) -> None:

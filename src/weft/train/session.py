@@ -19,10 +19,12 @@ from weft.adapter import Adapter
 from weft.core.bank import Bank
 from weft.errors import MissingDependencyError, RecipeError, did_you_mean
 from weft.train import checkpoints
+from weft.train.answering import GoBack, RunWatch, factor_of, go_back
+from weft.train.general import GeneralText, GeneralWatch
 from weft.train.inputs import Features, Inputs
 from weft.train.offload import Parked, kept_away
 from weft.train.pair_settings import PAIR_KINDS
-from weft.train.progress import LogWriter, Progress, StopOnSignal, say
+from weft.train.progress import LogWriter, Progress, StopOnSignal
 from weft.train.quantized import unsaid
 from weft.train.ranks import ranks_for
 from weft.train.recipe import CLASSIFYING, Recipe
@@ -43,6 +45,7 @@ class Outcome:
         best_step: of the checkpoint that was restored; None: the last one stays.
         stopped: ``"end"``, ``"early"`` or ``"signal"``.
         ranks: the record of ranks that changed, see `weft.train.ranks.Ranks.record`; empty where they didn't.
+        findings: what the rules of `weft.diagnosis` found in the run, as plain data, worst first.
     """
 
     base: dict[str, float]
@@ -56,6 +59,7 @@ class Outcome:
     best_step: int | None
     stopped: str
     ranks: dict[str, Any] = field(default_factory=dict)
+    findings: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass
@@ -67,6 +71,7 @@ class Session:
         snapshot: writes the adapter that a checkpoint holds into its folder.
         progress: see `weft.train.progress.Progress`.
         parked: the weights that are off the device.
+        facts: see `weft.train.facts`. general: what is to be still known afterwards; None: nobody looks.
     """
 
     model: nn.Module
@@ -80,6 +85,8 @@ class Session:
     snapshot: Callable[[Path], object]
     progress: bool | None = None
     parked: Parked | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    general: GeneralText | None = None
 
     def run(self) -> tuple[Adapter | None, Outcome]:
         """Train from the start, or from the newest checkpoint in the folder, to the end.
@@ -87,17 +94,18 @@ class Session:
         Returns:
             the adapter, None where a signal stopped the run; and what came of it.
         """
-        log = LogWriter(self.folder.append_log)
-        bar = Progress(log, self.progress)
+        self._bar = bar = Progress(LogWriter(self.folder.append_log), self.progress)
+        self._watch = watch = RunWatch(
+            self.recipe.on_trouble, self.folder, self.facts, bar.tell, self.args.process_index == 0
+        )
+        log = bar.log
+        log.watch = watch
         stop = StopOnSignal()
-        callbacks: list[TrainerCallback] = [log, bar, stop]
-        if self.schedule.patience:
-            callbacks.append(EarlyStoppingCallback(self.schedule.patience))
         with checkpointing(self.model, self.recipe), _calm(), unsaid():
-            trainer = self._trainer(callbacks)
+            trainer = self._trainer([log, bar, stop])
             try:
                 base = {} if trainer.sharded else self._measure_base(trainer)
-                self._train(trainer, stop)
+                trainer = self._train_through(trainer, [log, bar, stop], stop)
                 best = None if stop.stopped else trainer.restore_best()
                 base = base or self._measure_base(trainer)
                 final = {} if stop.stopped else self._finish_ranks(trainer)
@@ -109,7 +117,30 @@ class Session:
         outcome = self._outcome(trainer, log, stop, base, best)
         return trained, replace(outcome, adapter=final or outcome.adapter)
 
+    def _train_through(
+        self, trainer: AdapterTrainer, callbacks: list[TrainerCallback], stop: StopOnSignal
+    ) -> AdapterTrainer:
+        """Train to the end; a run that answers by itself goes back and on in between. Returns the trainer that got there."""
+        while True:
+            try:
+                self._train(trainer, stop)
+                return trainer
+            except GoBack as why:
+                row = go_back(self.folder, why, trainer.state.global_step)
+            trainer.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self._watch.begin()
+            self._bar.tell(
+                f"{row['rule']} at step {row['seen']}: back to step {row['step']}, on with {row['factor']:g} of the learning rate "
+                f"({self.schedule.learning_rate * row['factor']:.3g})"
+            )
+            trainer = self._trainer(callbacks)
+
     def _trainer(self, callbacks: list[TrainerCallback]) -> AdapterTrainer:
+        callbacks = [*callbacks, self._watch]
+        if self.schedule.patience:
+            callbacks.append(EarlyStoppingCallback(self.schedule.patience))
+        if self.general is not None:
+            callbacks.append(GeneralWatch(self.general, self._watch))
         sampler = self.inputs.sampler(self.recipe, self.args.world_size)
         setup = Setup(
             bank=self.bank,
@@ -127,6 +158,8 @@ class Session:
             ),
             around=self._around,
             placed=self.parked is not None,
+            watch=self._watch,
+            rate=factor_of(self.folder),
         )
         evaluated = self.inputs.evaluated
         trainer = self._kind_of_trainer()(
@@ -155,8 +188,7 @@ class Session:
             self.folder.append_log(row)
 
     def _tell(self, line: str) -> None:
-        if self.progress is not False:
-            say(line)
+        self._bar.tell(line)
 
     def _finish_ranks(self, trainer: AdapterTrainer) -> dict[str, float]:
         """What an adaptive rank does last, to the factors that were chosen; metrics of the result where it did something."""
@@ -205,8 +237,8 @@ class Session:
         finally:
             self.bank.use(before)
         found = dict(loop.metrics or {})
-        if trainer.is_world_process_zero() and not any(row.get("step") == 0 for row in self.folder.read_log()):
-            self.folder.append_log({"step": 0, "of": "base", **found})
+        if not self._watch.record.of("base"):
+            self._watch.put({"step": 0, "of": "base", **found})
         return plain_metrics(found)
 
     def _outcome(
@@ -230,6 +262,7 @@ class Session:
             best_step=best,
             stopped="signal" if stop.stopped else "early" if early else "end",
             ranks=trainer.setup.ranks.record() if trainer.setup.ranks is not None else {},
+            findings=() if stop.stopped else tuple(finding.to_dict() for finding in self._watch.findings),
         )
 
 

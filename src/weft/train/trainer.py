@@ -9,6 +9,8 @@ This module does not know files of data, recipes' texts or run folders.
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +30,13 @@ from weft.errors import NotFiniteError, RecipeError, RunError
 from weft.train import checkpoints
 from weft.train.chunked import ChunkedLoss
 from weft.train.moments import carry, rewrap
+from weft.train.not_finite import Place, bad_factors, bad_gradients, watched_outputs
 from weft.train.ranks import Ranks, fit
 from weft.train.schedule import Schedule
 from weft.train.scoring import Score, keeps_logits, losses, wanted_positions
 from weft.train.sharding import whole_parameters
 from weft.train.streams import stream_seed
+from weft.train.watching import Watch
 
 __all__ = ["AdapterTrainer", "Setup", "parameter_groups", "rate_and_decay"]
 
@@ -54,6 +58,8 @@ class Setup:
         ranks: changes the ranks of the sites while it trains; None: they stay.
         around: entered around each forward that is trained on, for what decides where saved tensors wait.
         placed: the model is where it belongs already.
+        watch: is told losses and gradients of every step; None: nobody looks.
+        rate: what is left of the recipe's learning rates, of all groups of parameters.
     """
 
     bank: Bank
@@ -69,6 +75,8 @@ class Setup:
     ranks: Ranks | None = None
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     placed: bool = False
+    watch: Watch | None = None
+    rate: float = 1.0
 
 
 class AdapterTrainer(Trainer):
@@ -109,6 +117,8 @@ class AdapterTrainer(Trainer):
                 f"loss_chunk={setup.loss_chunk}: FSDP and DeepSpeed hold the head in pieces, which parts of a batch can't gather; "
                 "leave loss_chunk out"
             )
+        if setup.watch is not None:
+            setup.watch.trainer = self
         if setup.ranks is not None:
             setup.ranks.trainer = self
             if self.sharded:
@@ -163,9 +173,53 @@ class AdapterTrainer(Trainer):
             self._dropping(args, kwargs),
         ):
             loss: Tensor = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):
-            raise NotFiniteError(self._diverged(f"the loss is {float(loss)}"))
+        value = float(loss)
+        if not math.isfinite(value):
+            place = self._first_not_finite(kwargs["inputs"] if "inputs" in kwargs else args[1], args, kwargs)
+            raise NotFiniteError(self._diverged(f"the loss is {value}{place.words()}", place))
+        if self.setup.watch is not None:
+            self.setup.watch.tally.loss(step, value)
+            ids = (kwargs["inputs"] if "inputs" in kwargs else args[1]).get("input_ids")
+            self.setup.watch.tally.positions += 0 if ids is None else ids.numel() * self.args.world_size
         return loss
+
+    def _first_not_finite(self, inputs: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Place:
+        """Where it began, by the same forward once more."""
+        slots = {} if self.sharded else self.setup.bank.slots(self.setup.slot)
+        place = bad_factors(slots)
+        if place is not None or self.sharded:
+            return place or Place("loss")
+        with (
+            own_stream(stream_seed(self.args.seed, *self._micro, self.args.process_index)),
+            self._dropping(args, kwargs),
+            watched_outputs(self.model) as seen,
+            torch.no_grad(),
+        ):
+            self.compute_loss(self.model, self._prepare_inputs(inputs))
+        return seen.place("loss", slots)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; the time that it takes is time in which nothing is trained."""
+        started = time.perf_counter()
+        found = super().get_batch_samples(*args, **kwargs)
+        if self.setup.watch is not None:
+            self.setup.watch.tally.waited += time.perf_counter() - started
+        return found
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Trainer's; a gradient that is not finite ends the run before it gets into the factors.
+
+        Raises:
+            NotFiniteError: names the site.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.setup.watch is not None and norm is not None:
+            self.setup.watch.tally.norms.append(norm)
+        scaled = self.accelerator.scaler is not None  # fp16: the step is left out, and the scale lowered
+        if norm is None or scaled or self.sharded or math.isfinite(float(norm)):
+            return norm
+        place = bad_gradients(self.setup.bank.slots(self.setup.slot))
+        raise NotFiniteError(self._diverged(f"the gradient's norm is {float(norm)}{place.words()}", place))
 
     def _dropping(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
         """Dropout by row: each row of the batch has a seed of its own, so that neighbours and padding change nothing."""
@@ -181,7 +235,10 @@ class AdapterTrainer(Trainer):
         """Not counted: Trainer's way walks over all parameters at every forward."""
         return 0
 
-    def _diverged(self, what: str) -> str:
+    def _diverged(self, what: str, place: Place | None = None) -> str:
+        """The message of an error; the watch is told."""
+        if self.setup.watch is not None and place is not None:
+            self.setup.watch.put({"step": self.state.global_step + 1, "of": "not-finite", **place.to_dict()})
         last = checkpoints.newest(self.folder)
         kept = f"the last good factors are in {last}" if last else "there is no checkpoint yet"
         return (
@@ -201,6 +258,27 @@ class AdapterTrainer(Trainer):
             )
             self.optimizer = kind(groups, **settings)
         return self.optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with rates that may have been lowered in the course of the run."""
+        if self.lr_scheduler is None and self.setup.rate != 1.0:
+            assert self.optimizer is not None
+            for group in self.optimizer.param_groups:
+                group["lr"] *= self.setup.rate
+        return super().create_scheduler(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Trainer's; the rates are those of now, which may be lower than when the checkpoint was written."""
+        inner: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        rates = list(getattr(inner, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not rates or rates == list(inner.base_lrs):
+            return
+        assert self.optimizer is not None
+        for group, now, before in zip(self.optimizer.param_groups, rates, inner.base_lrs, strict=True):
+            group["lr"], group["initial_lr"] = group["lr"] * (now / before), now
+        inner.base_lrs = rates
+        inner._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def resize(self, changes: Mapping[str, Resize]) -> int:
         """Change directions at sites, in the middle of a run; optimizer and DDP take the new parameters over.
@@ -315,8 +393,11 @@ class AdapterTrainer(Trainer):
             tensors = {name: state_dict[name] for name in self._trained}
         bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
         if bad:
+            place = bad_factors(self.setup.bank.slots(self.setup.slot)) or Place("factors", None, bad[0])
             raise NotFiniteError(
-                self._diverged(f"{len(bad)} factors are not finite, {bad[0]} among them, so no checkpoint is written,")
+                self._diverged(
+                    f"{len(bad)} factors are not finite, {bad[0]} among them, so no checkpoint is written,", place
+                )
             )
         if self.setup.snapshot is not None and not state_dict:
             self.setup.snapshot(target)
@@ -324,8 +405,12 @@ class AdapterTrainer(Trainer):
         checkpoints.save_state(target / checkpoints.STATE, tensors, self.state.global_step)
         if self.setup.ranks is not None:
             self.setup.ranks.save(target)
+        if self.setup.watch is not None:
+            self.setup.watch.save(target)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.setup.watch is not None:
+            self.setup.watch.restore(Path(resume_from_checkpoint))
         if self.sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return

@@ -31,6 +31,8 @@ from weft.spec import LoraSpec
 from weft.train import checkpoints
 from weft.train.adaptive import Adaptive, check_spec
 from weft.train.ends import unlearned_end
+from weft.train.facts import facts_for
+from weft.train.general import general_text
 from weft.train.inputs import Inputs, Texts, prepare, read
 from weft.train.offload import Parked
 from weft.train.opening import BaseLike, as_before, open_base, with_head
@@ -243,6 +245,7 @@ def _train(call: _Call, job: _Job, texts: Texts | PairTexts, model: nn.Module, t
     if recipe.adaptive is not None:
         check_spec(recipe.adaptive, spec)
     schedule = settle(recipe, facts_of(inputs, model, recipe, spec))
+    general = general_text(recipe, model, tokenizer, inputs.train.kind)
     batches = inputs.first_batches(recipe) if any(own.init in ("eva", "lora_ga") for own in spec.everywhere()) else None
     recipe = recipe.replace(spec=spec, kind=texts.kind, max_length=inputs.max_length or recipe.max_length)
     low = recipe.freeze_below
@@ -263,7 +266,8 @@ def _train(call: _Call, job: _Job, texts: Texts | PairTexts, model: nn.Module, t
             _check_same(folder, known)
         end = unlearned_end(model, tokenizer, begin.sites, begin.modules) if inputs.train.kind == "completion" else None
         notes = (*inputs.notes, *bank.notes(SLOT), *((end,) if end else ()), *(problem := not_for_peft(begin)))
-        environment = describe_environment() | known | {"inputs": job.names()}
+        facts = facts_for(recipe, schedule, texts, inputs, _trained(bank), _dtype_in(model))
+        environment = describe_environment() | known | {"inputs": job.names(), "facts": facts}
         provenance = provenance_of(inputs, recipe, schedule, environment["versions"])
         with contextlib.ExitStack() as stack:
             if call.main:
@@ -275,6 +279,7 @@ def _train(call: _Call, job: _Job, texts: Texts | PairTexts, model: nn.Module, t
             session = Session(
                 model, bank, SLOT, recipe, schedule, inputs, folder, args,
                 lambda target: bank.adapter(SLOT, provenance).save(target, for_peft=not problem), call.progress, parked,
+                facts, general,
             )  # fmt: skip
             trained, outcome = session.run()
             if trained is None:
@@ -324,13 +329,23 @@ def _parked(recipe: Recipe, model: nn.Module, device: Any) -> Iterator[Parked]:
 
 def _headline(inputs: Inputs, schedule: Schedule, bank: Bank) -> list[str]:
     """What a person wants to know before it starts."""
-    count = sum(parameter.numel() for _, parameter in bank.named_parameters(SLOT))
+    count = _trained(bank)
     best = f", best {schedule.metric} kept" if schedule.best else ""
     return [
         *(f"{role}: {part['summary']}" for role, part in inputs.data.items()),
         f"{count:,} numbers to train; {schedule.steps:,} steps, {schedule.epochs:.2f} epochs{best}",
         f"learning rate {schedule.rate_reason}; warm-up {schedule.warmup_steps} steps",
     ]
+
+
+def _trained(bank: Bank) -> int:
+    return sum(parameter.numel() for _, parameter in bank.named_parameters(SLOT))
+
+
+def _dtype_in(model: nn.Module) -> str:
+    """The base's dtype, as ``float32``."""
+    kind = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+    return str(kind).removeprefix("torch.")
 
 
 def not_for_peft(adapter: Adapter) -> tuple[str, ...]:
@@ -380,7 +395,7 @@ def _report(
         **{item.name: getattr(outcome, item.name) for item in dataclasses.fields(outcome)},
         learning_rate=schedule.learning_rate,
         rate_reason=schedule.rate_reason,
-        trainable=sum(parameter.numel() for _, parameter in bank.named_parameters(SLOT)),
+        trainable=_trained(bank),
         digest=adapter.digest,
         data=inputs.data,
         notes=notes,
@@ -422,7 +437,7 @@ def _check_recipe(folder: Folder, saved: Recipe, asked: Recipe) -> None:
     Raises:
         RecipeError: what is given differs; names the fields.
     """
-    settled = ("spec", "kind", "max_length")
+    settled = ("spec", "kind", "max_length", "general")
     odd = [name for name, value in asked.to_dict().items() if name not in settled and value != saved.to_dict()[name]]
     if asked.spec is not None and saved.spec is not None:
         kept = saved.spec.to_dict()
