@@ -34,6 +34,7 @@ def quiet_libraries() -> None:
         return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # what it could not accelerate is nobody's question here
     warnings.simplefilter("ignore")
 
 

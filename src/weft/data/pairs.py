@@ -10,6 +10,8 @@ Shapes: B rows, T tokens, H and W pixels.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from weft.data.images import open_image
+from weft.data.pictures import CACHE_BYTES, Album, Remarks
 from weft.data.sources import read_table
 from weft.data.transforms import ImageTransform
 from weft.errors import DataError, ImageError, did_you_mean, some_names
 
-__all__ = ["PairCollator", "PairFeatures", "Pairs", "load_pairs"]
+__all__ = ["Gallery", "PairCollator", "PairFeatures", "Pairs", "load_pairs"]
 
 IMAGE = ("image", "image_path", "file_name", "file", "path", "img")
 TEXT = ("text", "caption", "captions", "sentence", "description")
@@ -32,20 +34,44 @@ SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Pairs, with their images decoded.
+class Gallery(Sequence[Any]):
+    """Images of Pillow in RGB, by row: those that fit are kept decoded, the others are decoded when they are asked for.
 
     Attributes:
-        texts, images: by row; images of Pillow in RGB, one object for each different image.
+        references: where each is. album: has them.
+    """
+
+    references: tuple[Any, ...]
+    album: Album
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.album.get(self.references[index]).image
+
+    def chosen(self, rows: Sequence[int]) -> Gallery:
+        """Some of the rows, of the same album."""
+        return Gallery(tuple(self.references[row] for row in rows), self.album)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs, whose images have all been decoded once.
+
+    Attributes:
+        texts, images: by row.
         text_ids, image_ids: numbers by row, equal for equal ones.
+        prints: digests of the pixels, by row.
         labels: names of the classes; empty where rows have none. classes: by row.
         source, digest: of the rows. notes: what the user should know: images that were left out.
     """
 
     texts: tuple[str, ...]
-    images: tuple[Any, ...]
+    images: Gallery
     text_ids: tuple[int, ...]
     image_ids: tuple[int, ...]
+    prints: tuple[str, ...]
     source: str
     digest: str
     labels: tuple[str, ...] = ()
@@ -77,10 +103,10 @@ class Pairs:
         def part(values: tuple[Any, ...]) -> tuple[Any, ...]:
             return tuple(values[row] for row in rows) if values else ()
 
-        digest = _digest([self.texts[row] for row in rows], [str(self.image_ids[row]) for row in rows])
+        texts, prints, classes = part(self.texts), part(self.prints), part(self.classes)
+        digest = _digest(texts, prints, classes)
         return Pairs(
-            part(self.texts), part(self.images), part(self.text_ids), part(self.image_ids), self.source, digest, self.labels,
-            part(self.classes), self.notes,
+            texts, self.images.chosen(rows), part(self.text_ids), part(self.image_ids), prints, self.source, digest, self.labels, classes, self.notes,
         )  # fmt: skip
 
     def summary(self) -> str:
@@ -97,8 +123,9 @@ def load_pairs(
     columns: Mapping[str, str] | None = None,
     labels: Sequence[str] | None = None,
     labelled: bool = False,
+    cache_bytes: int = CACHE_BYTES,
 ) -> Pairs:
-    """Read pairs and decode their images; an image that can't be read is left out, with a note.
+    """Read pairs and decode every image once; one that can't be read is left out, with a note, as what was done to others.
 
     Args:
         source: JSON lines or another table, see `weft.data.load_examples`; or a list of dicts, whose images may be Pillow's or arrays
@@ -107,6 +134,7 @@ def load_pairs(
         columns: ``{"image": …, "text": …, "label": …}`` where the columns are called otherwise.
         labels: names of the classes where they are known.
         labelled: rows have to have a class.
+        cache_bytes: of decoded pixels that stay in memory.
 
     Raises:
         DataError: no such file, columns or folder; an unknown class; or no image can be read.
@@ -116,8 +144,9 @@ def load_pairs(
     table = read_table(source)
     named = _columns(table.rows[0], dict(columns or {}), labelled, table.name)
     root = _root(source, images)
-    opened: dict[Any, tuple[int, Any]] = {}
-    texts, pictures, image_ids, found, bad = [], [], [], [], []
+    album, remarks = Album(None if root is None else str(root), cache_bytes), Remarks()
+    opened: dict[Any, tuple[int, str]] = {}
+    kept, bad = [], []
     for index, row in enumerate(table.rows):
         text, name = row.get(named["text"]), row.get(named["image"])
         if not isinstance(text, str) or not text.strip():
@@ -126,26 +155,26 @@ def load_pairs(
         key = name if isinstance(name, str) else id(name)
         if key not in opened:
             try:
-                opened[key] = (len(opened), _image(name, root))
+                found = album.get(_checked(name, root))
             except ImageError as problem:
                 bad.append(f"{table.where(index)}: {problem}")
                 continue
-        texts.append(text)
-        image_ids.append(opened[key][0])
-        pictures.append(opened[key][1])
-        found.append(row.get(named["label"]) if "label" in named else None)
-    if not texts:
+            remarks.add(table.numbers[index], found)
+            opened[key] = (len(opened), _print(found.image))
+        kept.append((text, name, row.get(named["label"]) if "label" in named else None, *opened[key]))
+    if not kept:
         raise DataError(f"{table.name}: none of {len(table.rows):,} pairs can be used: {'; '.join(bad[:SHOWN])}")
+    texts, references, said, image_ids, prints = (tuple(part) for part in zip(*kept, strict=True))
     notes = (
         *table.notes,
         *([f"{len(bad):,} of {len(table.rows):,} pairs were left out: {'; '.join(bad[:SHOWN])}"] if bad else []),
+        *remarks.notes(table.unit),
     )
-    names, classes = _classes(found, labels, table.name) if "label" in named else ((), ())
+    names, classes = _classes(said, labels, table.name) if "label" in named else ((), ())
     numbers = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-    keys = [str(row.get(named["image"])) if isinstance(row.get(named["image"]), str) else "" for row in table.rows]
     return Pairs(
-        tuple(texts), tuple(pictures), tuple(numbers[text] for text in texts), tuple(image_ids), table.name, _digest(texts, keys), names, classes,
-        notes,
+        texts, Gallery(references, album), tuple(numbers[text] for text in texts), image_ids, prints, table.name,
+        _digest(texts, prints, classes), names, classes, notes,
     )  # fmt: skip
 
 
@@ -178,20 +207,25 @@ def _root(source: Any, images: str | os.PathLike[str] | None) -> Path | None:
     return None
 
 
-def _image(value: Any, root: Path | None) -> Any:
-    if isinstance(value, np.ndarray):
-        from PIL import Image
+def _checked(value: Any, root: Path | None) -> Any:
+    """A reference that an album can follow.
 
-        if value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3:
-            raise ImageError(f"an array {value.shape} of {value.dtype}; expected (H, W, 3) of uint8")
-        return Image.fromarray(value)
+    Raises:
+        ImageError: no image, an array of another kind, a path that begins nowhere.
+    """
+    if isinstance(value, np.ndarray) and (value.dtype != np.uint8 or value.ndim != 3 or value.shape[2] != 3):
+        raise ImageError(f"an array {value.shape} of {value.dtype}; expected (H, W, 3) of uint8")
     if value is None or (isinstance(value, str) and not value):
         raise ImageError("no image")
     if isinstance(value, str) and root is None:
         raise ImageError(
             f"{value}: the data are no file, so that nobody knows where this path begins; give images=FOLDER"
         )
-    return open_image(value, root=root)
+    return value
+
+
+def _print(image: Any) -> str:
+    return hashlib.sha256(f"{image.size};".encode() + image.tobytes()).hexdigest()
 
 
 def _classes(values: Sequence[Any], labels: Sequence[str] | None, name: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -206,11 +240,8 @@ def _classes(values: Sequence[Any], labels: Sequence[str] | None, name: str) -> 
     return known, tuple(places[text] for text in texts)
 
 
-def _digest(texts: Sequence[str], keys: Sequence[str]) -> str:
-    import hashlib
-    import json
-
-    return hashlib.sha256(json.dumps([list(texts), list(keys)]).encode()).hexdigest()
+def _digest(texts: Sequence[str], prints: Sequence[str], classes: Sequence[int]) -> str:
+    return hashlib.sha256(json.dumps([list(texts), list(prints), list(classes)]).encode()).hexdigest()
 
 
 @dataclass
@@ -222,6 +253,7 @@ class PairFeatures:
         tokens: ids by row.
         transform: from images to tensors; with ``seed`` training images are augmented, differently each epoch.
         lengths: tokens by row.
+        budget: bytes of tensors that stay in memory.
     """
 
     pairs: Pairs
@@ -231,6 +263,7 @@ class PairFeatures:
     seed: int | None = None
     epoch: int = 0
     packed: bool = False
+    budget: int = CACHE_BYTES
     _still: dict[int, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -253,13 +286,15 @@ class PairFeatures:
 
     def pixels(self, index: int) -> Any:
         """(3, H, W) of one row."""
-        image = self.pairs.images[index]
         if self.seed is not None and self.transform.augment:
-            return self.transform(image, seed=f"{self.seed}-{self.epoch}-{index}")
+            return self.transform(self.pairs.images[index], seed=f"{self.seed}-{self.epoch}-{index}")
         key = self.pairs.image_ids[index]
-        if key not in self._still:
-            self._still[key] = self.transform(image)
-        return self._still[key]
+        if key in self._still:
+            return self._still[key]
+        made = self.transform(self.pairs.images[index])
+        if (len(self._still) + 1) * made.numel() * made.element_size() <= self.budget:
+            self._still[key] = made
+        return made
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def resolve_default(model: nn.Module, spec: LoraSpec) -> LoraSpec:
 
 
 def in_parts(model: nn.Module, spec: LoraSpec, *, language: bool, vision: bool, projector: bool) -> LoraSpec:
-    """Put the usual sites of some parts of a vision-language model in the place of ``targets="default"``.
+    """Put the usual sites of some parts of a vision-language model in the place of ``"default"`` and ``"all-linear"``.
 
     Args:
         language: projections of attention and feed-forward of the language model.
@@ -129,7 +129,7 @@ def in_parts(model: nn.Module, spec: LoraSpec, *, language: bool, vision: bool, 
     Raises:
         TargetError: a part that is asked for has no site; names the layers that there are.
     """
-    if spec.targets != "default":
+    if spec.towers or spec.targets not in ("default", "all-linear"):
         return spec
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     between = [path for path in linear if re.search(_BETWEEN, path)]
@@ -145,7 +145,7 @@ def in_parts(model: nn.Module, spec: LoraSpec, *, language: bool, vision: bool, 
     ):
         usual = [path for path in paths if not re.search(r"head|patch_embed|embeddings", path)]
         if asked and not usual:
-            raise TargetError(f'targets="default": this {_called(model, None)} has no linear layer in its {name} part; its layers are called '
+            raise TargetError(f'targets="{spec.targets}": this {_called(model, None)} has no linear layer in its {name} part; its layers are called '
                               f"{_suffixes(linear)}. Set vision.{name}=false, or name sites in LoraSpec.targets")  # fmt: skip
         chosen += usual if asked else []
     return spec.replace(targets=tuple(chosen))

@@ -230,6 +230,13 @@ def _spec_of(spec: LoraSpec, recipe: Recipe, model: nn.Module, kind: str) -> Lor
     if kind in CLASSIFYING and settings.head == "train":
         return with_head(spec, model)
     if kind == "image-text":
+        named = bool(spec.towers) or spec.targets not in ("default", "all-linear")
+        parts = {name: getattr(settings, name) for name in ("language", "vision", "projector")}
+        if named and parts != {name: getattr(VisionSettings(), name) for name in parts}:
+            raise RecipeError(
+                f"vision: {', '.join(f'{name}={value}' for name, value in parts.items())} choose parts where the spec names no sites, and this one has "
+                f"targets={spec.targets!r}; leave one of the two out"
+            )
         return in_parts(model, spec, language=settings.language, vision=settings.vision, projector=settings.projector)
     return spec
 

@@ -29,7 +29,7 @@ class VisionSettings:
         fit: how another shape becomes a square: ``crop``, ``stretch`` or ``pad``; for bases without a processor.
         cache_mb: decoded images that stay in memory, in MiB.
         head: ``"train"``: the classifier is trained whole and saved with the adapter; ``"keep"``: it stays as it is.
-        language, vision, projector: parts of a vision-language model in which ``targets="default"`` has sites.
+        language, vision, projector: parts of a vision-language model that are adapted, where the spec names no sites of its own.
 
     Raises:
         RecipeError: a value out of range, or nothing is adapted; names the field.

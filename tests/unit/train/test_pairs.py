@@ -160,3 +160,22 @@ def test_what_cant_be_is_refused_before_anything_starts(tmp_path: Path) -> None:
         Recipe(two_tower={"dim": 3})
     assert RECIPE.set(["two_tower.text_model.learning_rate=3e-4"]).two_tower.text_model.learning_rate == 3e-4  # type: ignore[union-attr]
     assert not (tmp_path / "a").exists()
+
+
+def test_odd_images_are_counted_and_what_does_not_fit_is_decoded_again(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(np.random.randint(0, 256, (6, 6, 4), dtype=np.uint8)).save(tmp_path / "alpha.png")
+    Image.fromarray(np.random.randint(0, 256, (6, 6, 3), dtype=np.uint8)).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    (tmp_path / "empty.png").write_bytes(b"")
+    rows = [{"image": name, "text": name} for name in ("alpha.png", "cmyk.jpg", "empty.png", "alpha.png")]
+    pairs = load_pairs(rows, tmp_path, cache_bytes=3 * 36)
+    assert len(pairs) == 3
+    assert [note.partition(":")[0] for note in pairs.notes[1:]] == ["images transparent", "images CMYK"]
+    assert pairs.images.album.decoded == 2
+    assert np.array_equal(pairs.images[1], pairs.images[1])
+    assert pairs.images.album.decoded == 4, "the second one did not fit"
+    again = load_pairs(rows, tmp_path)
+    assert again.digest == pairs.digest
+    Image.fromarray(np.random.randint(0, 256, (6, 6, 3), dtype=np.uint8)).save(tmp_path / "alpha.png")
+    assert load_pairs(rows, tmp_path).digest != pairs.digest, "another image under the same name is other data"
