@@ -209,7 +209,9 @@ def test_images_grow_and_the_assistants_words_alone_are_learned(name, images, tm
         assert processor.tokenizer.decode(learned) == said
         assert len(item["images"]) == count
         pixels = processor.image_processor(images=item["images"], return_tensors="pt") if count else {}
-        grown = sum(int(grid.prod()) // 4 for grid in pixels["image_grid_thw"]) if "image_grid_thw" in pixels else 4 * count
+        grown = (
+            sum(int(grid.prod()) // 4 for grid in pixels["image_grid_thw"]) if "image_grid_thw" in pixels else 4 * count
+        )
         assert (item["input_ids"] == image).sum() == grown
     everything = encode_talks(examples, processor, max_length=400, mask_prompt=False)
     for index in range(4):
@@ -254,9 +256,7 @@ def test_training_evaluation_and_an_answer(name, images, tmp_path):
     }
     assert len(generate(**asked, adapter=run.path)) == 1
     assert len(generate(**asked)) == 1
-    assert (
-        len(generate(base=base, adapter=run.path, prompts=["no image"], sampling=Sampling(max_new_tokens=2))) == 1
-    )
+    assert len(generate(base=base, adapter=run.path, prompts=["no image"], sampling=Sampling(max_new_tokens=2))) == 1
 
 
 def test_what_does_not_fit_or_can_not_be_read_is_counted(images, tmp_path):
