@@ -1,6 +1,6 @@
 """`make results`: train and evaluate on real weights, and write docs/results.md.
 
-Call it as ``python -m benchmarks.results [e2e] [sst2] [cifar] [medical] [shakespeare] [users] [cotraining] [mixing] [towers] [ranks] [growth] [plan]``; without names all are run. Each part keeps its figures in
+Call it as ``python -m benchmarks.results [e2e] [sst2] [cifar] [medical] [shakespeare] [users] [thousand] [cotraining] [mixing] [towers] [ranks] [growth] [plan]``; without names all are run. Each part keeps its figures in
 docs/results/NAME.json, and the page is written anew from all that are there.
 """
 
@@ -23,6 +23,7 @@ from benchmarks.results import (
     ranks,
     shakespeare,
     sst2,
+    thousand,
     towers,
     users,
 )
@@ -36,6 +37,7 @@ PARTS = {
     "medical": medical.measure,
     "shakespeare": shakespeare.measure,
     "users": users.measure,
+    "thousand": thousand.measure,
     "cotraining": cotraining.measure,
     "mixing": mixing.measure,
     "towers": towers.measure,

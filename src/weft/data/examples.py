@@ -78,6 +78,11 @@ class Examples(Sequence[Mapping[str, Any]]):
         """What each row asks: rows with the same question belong together."""
         return [_canonical(_question(self.kind, row)) for row in self.rows]
 
+    @property
+    def questions(self) -> int:
+        """How many different prompts, texts or conversations there are: a part can be held out where they are at least two."""
+        return len(set(self._asked))
+
     def where(self, index: int) -> str:
         """Where a row stands: ``"train.jsonl, line 18"``."""
         return f"{self.source}, {self.unit} {self.numbers[index]}"
@@ -114,7 +119,8 @@ class Examples(Sequence[Mapping[str, Any]]):
             groups.setdefault(key, []).append(index)
         if len(groups) < 2:
             raise DataError(
-                f"{self.source}: can't be split, all of its {len(self)} rows ask the same; give a file for evaluation"
+                f"{self.source}: nothing can be held out of {'its only row' if len(self) == 1 else f'{len(self)} rows that all ask the same'}; "
+                "give a file for evaluation"
             )
         members = list(groups.values())
         random.Random(seed).shuffle(members)

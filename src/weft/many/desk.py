@@ -105,7 +105,11 @@ class FolderDesk:
     def open(self, name: str) -> Member:
         """Read the data and settle the recipe."""
         share, recipe = self.shares[name], self.recipes[name]
-        texts = read(recipe, share.data, share.eval_data, self.labels)
+        texts = read(recipe, share.data, share.eval_data, self.labels, lenient=True)
+        if texts.evaluated is None and isinstance(
+            share.eval_data, float
+        ):  # asked for of all, but here there is too little
+            recipe = recipe.replace(**{name: getattr(Recipe(), name) for name in ("patience", "eval_every", "metric")})
         if texts.train.images is not None:
             raise DataError(
                 f"{texts.train.source}: examples with images are trained one adapter at a time: weft train, not train-many"

@@ -15,7 +15,7 @@ from weft.many.report import ManyReport, losses_of
 
 __all__ = ["page", "sparkline"]
 
-WIDTH, HEIGHT = 120, 26
+WIDTH, HEIGHT = 96, 26
 
 _COLUMNS = (
     ("adapter", "text"), ("status", "text"), ("examples", "number"), ("tokens", "number"), ("steps", "number"),
@@ -28,13 +28,13 @@ _STATUS = {"end": "done", "early": "stopped early", "halved": "given up", "faile
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --paper: #fff; --good: #0f766e; --bad: #b91c1c; --mark: #fef2f2; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e5e7eb; --soft: #9ca3af; --line: #374151; --paper: #111827; --good: #5eead4; --bad: #fca5a5; --mark: #3b1d1d; } }
-body { font: 14px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto; max-width: 1180px; padding: 0 1rem; }
+body { font: 14px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto; max-width: 1600px; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; } p { color: var(--soft); margin: .15rem 0; }
 .scroll { overflow-x: auto; margin-top: 1.25rem; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: middle; white-space: nowrap; }
+th, td { padding: .35rem .45rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: middle; white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--paper); font-weight: 600; } th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--good); }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
-td.number, th.number { text-align: right; } td.name { max-width: 20rem; overflow: hidden; text-overflow: ellipsis; } td.remarks { white-space: normal; min-width: 14rem; color: var(--soft); }
+td.number, th.number { text-align: right; } td.name { max-width: 13rem; overflow: hidden; text-overflow: ellipsis; } td.remarks { white-space: normal; min-width: 22rem; color: var(--soft); }
 tr.failed td { background: var(--mark); } tr.failed .state { color: var(--bad); font-weight: 600; } .good { color: var(--good); } .bad { color: var(--bad); }
 pre { overflow-x: auto; } a { color: inherit; } svg { display: block; } input { font: inherit; padding: .3rem .5rem; margin-top: 1rem; width: 16rem; }
 """

@@ -14,6 +14,7 @@ from typing import Any
 from weft.errors import RunError, did_you_mean
 from weft.many.folder import ManyFolder
 from weft.many.member import Member
+from weft.train.inputs import NOTHING_HELD_OUT
 from weft.train.run import Run
 
 __all__ = ["ManyReport", "Runs", "row_of"]
@@ -80,6 +81,9 @@ class ManyReport:
             )
         if len(done) > limit:
             lines.append(f"… and {len(done) - limit:,} more")
+        odd = [row for row in done if row["warnings"]]
+        lines += [f"⚠  {row['name']}: {'; '.join(row['warnings'])}" for row in odd[:limit]]
+        lines += [f"⚠  and {len(odd) - limit:,} more, see report.html"] if len(odd) > limit else []
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -182,7 +186,7 @@ def curve_of(log: Sequence[Mapping[str, Any]]) -> list[list[float]]:
 
 
 def _warnings(member: Member, metrics: Mapping[str, float]) -> list[str]:
-    course, found = member.course, []
+    course, found = member.course, [note for note in member.inputs.notes if note == NOTHING_HELD_OUT]
     account = member.inputs.data["train"].get("account", {})
     for what in ("truncated", "split", "empty", "masked"):
         count = account.get(what, {}).get("count", 0)

@@ -33,7 +33,9 @@ from weft.train.recipe import Recipe
 from weft.train.vision import encode_part, encode_talk_part, image_collator, in_the_heads_order
 from weft.train.vision_settings import VisionSettings
 
-__all__ = ["Features", "Inputs", "Texts", "longest", "prepare", "read"]
+__all__ = ["NOTHING_HELD_OUT", "Features", "Inputs", "Texts", "longest", "prepare", "read"]
+
+NOTHING_HELD_OUT = "too few examples to hold some out: trained on all of them, to the end, and not evaluated"
 
 DEFAULT_LENGTH = 1024
 AnyEncoded = Encoded | EncodedImages | EncodedTalks
@@ -125,12 +127,15 @@ class Features(Dataset[Any]):
         return feature
 
 
-def read(recipe: Recipe, data: Any, eval_data: Any, labels: Sequence[str] | None = None, images: Any = None) -> Texts:
+def read(
+    recipe: Recipe, data: Any, eval_data: Any, labels: Sequence[str] | None = None, images: Any = None, lenient: bool = False
+) -> Texts:  # fmt: skip
     """Read the examples; ``eval_data`` may be a share of the training data to hold out.
 
     Args:
         labels: names of the classes where they are known; None: those of the training data.
         images: the folder that paths of images begin in; None: that of the data.
+        lenient: where nothing can be held out, take all for the training, with the note `NOTHING_HELD_OUT`.
 
     Raises:
         DataError: see `weft.data.load_examples`; or nothing was named.
@@ -148,7 +153,8 @@ def read(recipe: Recipe, data: Any, eval_data: Any, labels: Sequence[str] | None
     if isinstance(eval_data, float):
         if not 0 < eval_data < 1:
             raise DataError(f"eval_data={eval_data}: a share of the training data to hold out is above 0 and below 1")
-        train, evaluated = train.split(eval_data, seed=recipe.seed)
+        spare = not lenient or train.questions > 1
+        train, evaluated = train.split(eval_data, seed=recipe.seed) if spare else (train, None)
     else:
         evaluated = None
         if eval_data is not None:
@@ -159,6 +165,8 @@ def read(recipe: Recipe, data: Any, eval_data: Any, labels: Sequence[str] | None
     if evaluated is not None:
         warning = overlap(train, evaluated).warning()
         notes += [warning] if warning else []
+    elif isinstance(eval_data, float):
+        notes.append(NOTHING_HELD_OUT)
     else:
         notes.append("no evaluation data: the last checkpoint is kept, and nothing says whether it is a good one")
     kind = train.kind

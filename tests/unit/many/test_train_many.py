@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import weft
+from tests.tolerances import TOLERANCES
 from tests.unit.many.support import furthest, user_rows
 from tests.unit.train.support import same
 from weft.errors import DataError, RecipeError, RunError
@@ -95,6 +96,24 @@ def test_broken_data_stop_their_user_alone(small: Pair, users: dict[str, Any], t
     assert all(same(runs[name].adapter, alone[name].adapter) for name in good), "and the others don't notice"
     with pytest.raises(RunError, match="the run of 'empty' failed"):
         runs["empty"]
+
+
+def test_a_user_with_one_example_is_trained_without_evaluation(
+    small: Pair, users: dict[str, Any], tmp_path: Path
+) -> None:
+    """A share to hold out is asked of everybody; who has too little for it is not broken."""
+    one = [{"prompt": "only?", "completion": "this"}]
+    recipe = QUICK.replace(patience=1, eval_every=2)
+    runs = weft.train_many(
+        base=small, data={"one": one, "user 1": users["user 1"]}, eval_data=0.2, recipe=recipe, out=tmp_path / "runs", progress=False
+    )  # fmt: skip
+    assert not runs.report.failed
+    rows = {row["name"]: row for row in runs.report.rows}
+    assert (rows["one"]["steps"], rows["one"]["eval_examples"], rows["user 1"]["warnings"]) == (4, 0, [])
+    assert "⚠  one: too few examples to hold some out" in runs.report.text()
+    alone = weft.train(base=small, data=one, recipe=QUICK, out=tmp_path / "alone", progress=False)
+    error, size = furthest(runs["one"].adapter, alone.adapter)
+    assert error <= TOLERANCES["steps"].atol + TOLERANCES["steps"].rtol * size
 
 
 def test_a_user_whose_loss_explodes_is_stopped_alone(small: Pair, users: dict[str, Any], tmp_path: Path) -> None:
