@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from weft.adapter import Adapter
 from weft.data import read_table
 from weft.errors import BankError, DataError, did_you_mean, some_names
 from weft.formats import load
-from weft.many.folder import ManyFolder
+from weft.many.folder import ManyFolder, failure
 from weft.models.attach import attach
 from weft.train.generation import Prompt, Sampling, continue_tokens, encode_as
 from weft.train.opening import BaseLike, open_base, trained_format
@@ -73,7 +74,7 @@ def answer(
     values: dict[str, Adapter] = {}
     for name in wanted:
         source = adapters[name]
-        values[name] = source if isinstance(source, Adapter) else load(source)
+        values[name] = source if isinstance(source, Adapter) else _load(name, source)
     formats = {name: trained_format(value) for name, value in values.items()}
     with _bank(model, values, allow_other_base) as (bank, slots):
         tokens = [
@@ -86,6 +87,14 @@ def answer(
             routed=lambda chosen: bank.route([entries[index] for index in chosen]),
         )  # fmt: skip
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+
+
+def _load(name: str, source: str | os.PathLike[str]) -> Adapter:
+    """The adapter in a folder; of one whose training failed it is said why."""
+    why = failure(source)
+    if why:
+        raise BankError(f"there is no adapter {name!r}: its training failed: {why}")
+    return load(source)
 
 
 @contextlib.contextmanager
@@ -150,11 +159,7 @@ def find_adapters(given: Sequence[str]) -> dict[str, str]:
         name, equals, path = text.partition("=")
         folder = ManyFolder(text)
         if folder.users.is_file():
-            users = {
-                user: str(folder.root / key)
-                for user, key in folder.read_users()[0].items()
-                if not folder.failed(key).exists()
-            }
+            users = {user: str(folder.root / key) for user, key in folder.read_users()[0].items()}
         elif equals and name and path:
             users = {name: path}
         else:
@@ -178,17 +183,17 @@ def read_requests(source: Any) -> list[Request]:
         prompt, adapter = row.get("prompt", row.get("messages")), row.get("adapter")
         if not isinstance(prompt, str | list) or not prompt:
             raise DataError(f'{table.where(index)}: expected a text under "prompt" (or messages), got {_short(prompt)}')
-        weights = (
-            isinstance(adapter, Mapping)
-            and adapter
-            and all(isinstance(weight, int | float) and not isinstance(weight, bool) for weight in adapter.values())
-        )
+        weights = isinstance(adapter, Mapping) and adapter and all(map(_is_weight, adapter.values()))
         if adapter is not None and not isinstance(adapter, str) and not weights:
             raise DataError(
                 f'{table.where(index)}: "adapter" is {_short(adapter)}; expected a name, null for the base, or weights by name'
             )
         found.append(Request(prompt, adapter, row))
     return found
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _short(value: Any) -> str:

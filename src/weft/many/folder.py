@@ -24,7 +24,7 @@ from weft.many.names import folder_names
 from weft.train.recipe import Recipe
 from weft.train.run import Folder, plain_json, write_beside
 
-__all__ = ["RESERVED", "ManyFolder"]
+__all__ = ["RESERVED", "ManyFolder", "failure"]
 
 RESERVED = (
     "users.json",
@@ -37,6 +37,16 @@ RESERVED = (
     "winner.yaml",
     ".lock",
 )
+
+FAILED = "failed.json"
+
+
+def failure(folder: str | os.PathLike[str]) -> str:
+    """Why the adapter of one run folder was stopped; empty where it wasn't."""
+    try:
+        return str(json.loads((Path(folder) / FAILED).read_text(encoding="utf-8"))["reason"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 class ManyFolder:
@@ -115,7 +125,7 @@ class ManyFolder:
 
     def failed(self, key: str) -> Path:
         """Where it stands why an adapter was stopped."""
-        return self.root / key / "failed.json"
+        return self.root / key / FAILED
 
     def save_users(self, keys: Mapping[str, str], recipes: Mapping[str, Recipe]) -> None:
         """Write users.json; equal recipes are written once."""

@@ -52,6 +52,10 @@ def test_one_adapter_a_file_and_broken_ones_are_said(world: World, tmp_path: Pat
     ]
     assert "invalid JSON" in done.json["rows"][0]["reason"]
     assert "Traceback" not in done.err
+    file = write_rows(tmp_path / "requests.jsonl", [{"prompt": "a?", "adapter": "cut"}])
+    asked = weft(f"generate --base {world.base} --adapter {tmp_path / 'runs'} --jsonl {file}", ok=False)
+    assert "no adapter 'cut': its training failed" in asked.err
+    assert "invalid JSON" in asked.err
 
 
 def test_a_finished_run_is_resumed_to_itself(many: Path) -> None:
@@ -102,6 +106,7 @@ def test_requests_are_answered_by_the_adapter_that_they_name(world: World, many:
     [
         ('{"prompt": ""}', "line 1: expected a text"), ('{"adapter": "a"}', "line 1: expected a text"),
         ('{"prompt": "x", "adapter": 3}', "expected a name, null"), ('{"prompt": "x", "adapter": {"a": "b"}}', "weights by name"),
+        ('{"prompt": "x", "adapter": {"a": NaN}}', "line 1: \"adapter\" is"),
     ],
 )  # fmt: skip
 def test_requests_that_say_nothing(line: str, message: str, world: World, tmp_path: Path) -> None:
