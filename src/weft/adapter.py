@@ -19,7 +19,7 @@ from torch import Tensor
 
 from weft.core.factors import Factors
 from weft.errors import BaseMismatchError, NotFiniteError, SpecError, TargetError, did_you_mean
-from weft.identity import Fingerprint, digest_of
+from weft.identity import Fingerprint, TensorHashes, digest_of
 from weft.spec import LoraSpec
 
 __all__ = ["Adapter", "Provenance"]
@@ -128,10 +128,20 @@ class Adapter:
 
         Of the spec only what differs from the defaults: a field that a later version adds changes no digest.
         """
-        base = self.provenance.base
-        scales = {path: [item.scale, item.kind, list(item.kernel)] for path, item in self.factors.items()}
-        facts = {"spec": self.spec.changes(), "scales": scales, "base": [base.layout, base.weights] if base else None}
-        return digest_of(self.tensors(), facts)
+        return self.digest_with(None)
+
+    def digest_with(self, hashes: TensorHashes | None) -> str:
+        """`digest`, known or computed now, where the tensors' hashes are of use to others too."""
+        if "digest" not in self.__dict__:
+            base = self.provenance.base
+            scales = {path: [item.scale, item.kind, list(item.kernel)] for path, item in self.factors.items()}
+            facts = {
+                "spec": self.spec.changes(),
+                "scales": scales,
+                "base": [base.layout, base.weights] if base else None,
+            }
+            self.__dict__["digest"] = digest_of(self.tensors(), facts, hashes)
+        return str(self.__dict__["digest"])
 
     def ranks(self) -> str:
         """Rank, or range of ranks, for people: ``"8"`` or ``"2-16"``."""

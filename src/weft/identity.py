@@ -9,13 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fingerprint", "digest_of", "fingerprint", "hash_tensor"]
+from weft.hashes import WORKERS
+
+__all__ = ["Fingerprint", "TensorHashes", "digest_of", "fingerprint", "hash_tensor"]
 
 SAMPLE_ABOVE = 1 << 31
 """A base of more numbers than this is sampled: 1 MiB evenly spread over each tensor. Numbers, not bytes, so that one base is
@@ -119,12 +123,46 @@ def fingerprint(model: nn.Module, weights: Iterable[tuple[str, Tensor]] | None =
     )
 
 
-def digest_of(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> str:
-    """Content address: sha256 over named tensors (name, dtype, shape, bytes) and plain facts."""
+class TensorHashes:
+    """sha256 of tensors' bytes, each computed once however often it is asked for, by threads.
+
+    For the time of one writing or reading, in which nobody changes a tensor: bytes are known by where they are.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(WORKERS, "weft-hash")
+        self._known: dict[Any, tuple[Tensor, Future[str]]] = {}  # the tensor, so that its place stays its own
+
+    def __enter__(self) -> TensorHashes:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def ask(self, tensor: Tensor) -> Future[str]:
+        """The hash of a tensor's bytes, see `hash_tensor`, as soon as it is known."""
+        key: Any = id(tensor)
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            key = (tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        if key not in self._known:
+            self._known[key] = tensor, self._pool.submit(hash_tensor, tensor)
+        return self._known[key][1]
+
+
+def digest_of(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], hashes: TensorHashes | None = None) -> str:
+    """Content address: sha256 over named tensors (name, dtype, shape, bytes) and plain facts.
+
+    Args:
+        hashes: where hashes of these tensors are known, or are computed for others as well.
+    """
+    asked = {name: hashes.ask(tensor) for name, tensor in tensors.items()} if hashes is not None else {}
     total = hashlib.sha256(_hash_json(facts).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{hash_tensor(tensor)};".encode())
+        found = asked[name].result() if asked else hash_tensor(tensor)
+        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{found};".encode())
     return total.hexdigest()
 
 

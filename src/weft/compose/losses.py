@@ -20,7 +20,7 @@ from weft.errors import MixError
 from weft.models.attach import attach
 from weft.train.evaluation import encoded_for, examples_for, scores
 from weft.train.opening import open_base, trained_format
-from weft.train.progress import counter
+from weft.train.bars import counter
 
 __all__ = ["Judge"]
 

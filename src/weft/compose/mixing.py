@@ -175,7 +175,7 @@ def mix(job: Job, progress: bool | None = False) -> Mixture:
 def _counter(what: str, total: int, progress: bool | None, method: Method) -> Any:
     """A bar for what takes time; the others are done before one is seen."""
     if progress is None and method.elementwise:
-        from weft.train.progress import counter
+        from weft.train.bars import counter
 
         return counter(what, total, progress)
     return contextlib.nullcontext(lambda count: None)

@@ -22,7 +22,7 @@ from weft.compose.parents import Parent
 from weft.compose.report import Mixture
 from weft.compose.updates import Ground
 from weft.errors import MixError
-from weft.train.progress import counter, say
+from weft.train.bars import counter, say
 
 __all__ = ["BOUND", "find", "minimise"]
 

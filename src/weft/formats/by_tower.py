@@ -20,7 +20,8 @@ from torch import Tensor
 from weft.adapter import Adapter
 from weft.errors import FormatError, KeysError, UnsupportedError, some_names
 from weft.formats.record import RECORD, Record
-from weft.formats.tensor_files import sha256_of, write_tensors
+from weft.formats.tensor_files import write_tensors
+from weft.hashes import sha256_of
 
 __all__ = ["OUTER", "joined", "owned_by", "tower_writers"]
 

@@ -33,7 +33,9 @@ from weft.formats.peft_sites import ReadSites, read_sites, seat_sites
 from weft.formats.peft_spec import read_spec
 from weft.formats.peft_starts import check_start, without_start
 from weft.formats.record import RECORD, Record, SiteRecord, config_hash, dtype_of, read_record
-from weft.formats.tensor_files import TensorFile, read_header, read_tensors, sha256_of, write_tensors
+from weft.formats.tensor_files import TensorBytes, TensorFile, read_header, read_tensors
+from weft.hashes import is_hash, sha256_of
+from weft.identity import TensorHashes
 
 __all__ = ["OWNED", "PROOF", "WEIGHTS", "is_adapter", "problem_for_peft", "read", "read_known", "write", "writers"]
 
@@ -41,7 +43,7 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 OWN_WEIGHTS = "weft_model.safetensors"
 PROOF = "weft_proof.safetensors"
 Writer = Callable[[Path], str | None]
-"""Writes one file, and gives its sha256 where it comes for nothing."""
+"""Writes one file, and gives its hash where it comes for nothing, see `weft.hashes`."""
 
 OWNED = (CONFIG, *WEIGHTS, RECORD, OWN_WEIGHTS, PROOF)
 """Files of an adapter directory."""
@@ -167,7 +169,7 @@ def read_known(folder: Path, known: Mapping[str, str]) -> Adapter:
     Numbers and digest were checked when it was written, by whoever kept the hashes; they aren't computed again.
 
     Args:
-        known: sha256 of every file by name, `RECORD` among them.
+        known: the hash of every file by name, see `weft.hashes`, `RECORD` among them.
 
     Raises:
         FormatError: a file is missing, was changed, or can't be read.
@@ -184,40 +186,52 @@ def read_known(folder: Path, known: Mapping[str, str]) -> Adapter:
 
 def _read_own(folder: Path, known: Mapping[str, str] | None = None) -> Adapter:
     """A directory with a weft.json: nothing in it may have changed."""
-    record = read_record(folder)
+    with TensorHashes() as hashes:
+        return _proved(
+            _read_recorded(folder, record := read_record(folder), known, hashes), folder, record, known, hashes
+        )
+
+
+def _read_recorded(folder: Path, record: Record, known: Mapping[str, str] | None, hashes: TensorHashes) -> Adapter:
+    """The adapter that a record describes, without its golden outputs."""
     own = record.layout == "weft"
     if record.layout == "towers":
-        outer = _verified(folder, OUTER, record, known).tensors if OUTER in record.files else {}
-        adapter = joined(record, folder, _read_own, outer)
-        return _proved(adapter, folder, record, known)
+        outer = _verified(folder, OUTER, record, known, hashes).tensors if OUTER in record.files else {}
+        return joined(record, folder, _read_own, outer)
     if not own:
         said = read_json(folder / CONFIG, folder) if os.path.lexists(folder / CONFIG) else None
         if said is None or config_hash(said) != record.files.get(CONFIG):
             raise _changed(folder / CONFIG, "is missing" if said is None else "was changed")
-    found = _verified(folder, OWN_WEIGHTS if own else WEIGHTS[0], record, known)
-    adapter = _unpack_own(record, found) if own else unpack(record, found.tensors, found.path)
-    return _proved(adapter, folder, record, known)
+    found = _verified(folder, OWN_WEIGHTS if own else WEIGHTS[0], record, known, hashes)
+    return _unpack_own(record, found) if own else unpack(record, found.tensors, found.path)
 
 
-def _proved(adapter: Adapter, folder: Path, record: Record, known: Mapping[str, str] | None) -> Adapter:
+def _proved(
+    adapter: Adapter, folder: Path, record: Record, known: Mapping[str, str] | None, hashes: TensorHashes
+) -> Adapter:
     """With its golden outputs, if its digest is the record's."""
     if record.proof:
-        adapter = adapter.replace(proof=_verified(folder, PROOF, record, known).tensors)
+        adapter = adapter.replace(proof=_verified(folder, PROOF, record, known, hashes).tensors)
     if known is not None:
         adapter.__dict__["digest"] = record.digest
-    if adapter.digest != record.digest:
+    if adapter.digest_with(hashes) != record.digest:
         raise _changed(
             folder / RECORD, f"was changed: the adapter's digest is {adapter.digest[:12]}, it says {record.digest[:12]}"
         )
     return adapter
 
 
-def _verified(folder: Path, name: str, record: Record, known: Mapping[str, str] | None) -> TensorFile:
+def _verified(
+    folder: Path, name: str, record: Record, known: Mapping[str, str] | None, hashes: TensorHashes
+) -> TensorFile:
     path = folder / name
     if not os.path.lexists(path):
         raise _changed(path, "is missing")
-    found = read_tensors(path, folder, known=known.get(name, "") if known is not None else None)
-    if found.sha256 != record.files.get(name):
+    expected = record.files.get(name, "")
+    if not is_hash(expected) or (known is not None and known.get(name) != expected):
+        raise _changed(path, "was changed")
+    found = read_tensors(path, folder, like=expected, hashes=hashes, trusted=known is not None)
+    if found.hash != expected:
         raise _changed(path, "was changed")
     return found
 
@@ -303,11 +317,12 @@ def write(
         NotFiniteError: NaN or infinity in the adapter.
     """
     place = path_of(directory)
-    if by_tower or (for_peft and adapter.towers and not leaf_names and problem_for_peft(adapter)):
-        files = tower_writers(adapter, lambda part: writers(part, where=place), PROOF)
-    else:
-        files = writers(adapter, for_peft=for_peft, leaf_names=leaf_names, where=place)
-    return write_folder(directory, files, owned=(*OWNED, *_in_towers(place)), overwrite=overwrite)
+    with TensorHashes() as hashes:
+        if by_tower or (for_peft and adapter.towers and not leaf_names and problem_for_peft(adapter)):
+            files = tower_writers(adapter, lambda part: writers(part, hashes, where=place), PROOF)
+        else:
+            files = writers(adapter, hashes, for_peft=for_peft, leaf_names=leaf_names, where=place)
+        return write_folder(directory, files, owned=(*OWNED, *_in_towers(place)), overwrite=overwrite)
 
 
 def _in_towers(place: Path) -> tuple[str, ...]:
@@ -322,11 +337,17 @@ def _in_towers(place: Path) -> tuple[str, ...]:
 
 
 def writers(
-    adapter: Adapter, *, for_peft: bool = True, leaf_names: bool = False, where: Path | None = None
+    adapter: Adapter,
+    hashes: TensorHashes,
+    *,
+    for_peft: bool = True,
+    leaf_names: bool = False,
+    where: Path | None = None,
 ) -> dict[str, Writer]:
-    """A function for each file of a directory, in the order in which they have to be called: see `write`.
+    """A function for each file of a directory, those of tensors first: see `write`.
 
     Args:
+        hashes: stays open until all were called.
         where: the directory, for messages.
 
     Raises:
@@ -348,27 +369,31 @@ def writers(
         tensors = {WEIGHTS[0]: dict(packed.tensors)}
     if adapter.proof:
         tensors[PROOF] = dict(adapter.proof)
-    return _writers(adapter, tensors, settings)
+    return _writers(
+        adapter, {name: TensorBytes(part, hashes=hashes) for name, part in tensors.items()}, settings, hashes
+    )
 
 
 def _writers(
-    adapter: Adapter, tensors: Mapping[str, dict[str, Tensor]], settings: dict[str, Any] | None
+    adapter: Adapter, made: Mapping[str, TensorBytes], settings: dict[str, Any] | None, hashes: TensorHashes
 ) -> dict[str, Writer]:
-    """One function a file, in the order in which they have to be called: the record knows the hashes of the others."""
-    hashes = {CONFIG: config_hash(settings)} if settings is not None else {}
+    """One function a file; the record knows the hashes of the others."""
 
-    def weights(name: str) -> Writer:
+    def weights(part: TensorBytes) -> Writer:
         def writer(path: Path) -> str:
-            hashes[name] = write_tensors(path, tensors[name])
-            return hashes[name]
+            part.write(path)
+            return part.hash
 
         return writer
 
     def record(path: Path) -> None:
         layout = "peft" if settings is not None else "weft"
-        path.write_text(Record.of(adapter, layout, hashes).to_json(), encoding="utf-8")
+        known = {CONFIG: config_hash(settings)} if settings is not None else {}
+        adapter.digest_with(hashes)
+        said = Record.of(adapter, layout, known | {name: part.hash for name, part in made.items()})
+        path.write_text(said.to_json(), encoding="utf-8")
 
-    files: dict[str, Writer] = {name: weights(name) for name in tensors}
+    files: dict[str, Writer] = {name: weights(part) for name, part in made.items()}
     files[RECORD] = record
     if settings is not None:
         text = json.dumps(settings, indent=2, sort_keys=True, allow_nan=False) + "\n"

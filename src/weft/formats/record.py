@@ -84,7 +84,7 @@ class Record:
     Attributes:
         layout: ``"peft"``; ``"towers"``: a directory of PEFT's for each tower, in it; ``"weft"``: only weft reads it.
         digest: of the adapter.
-        files: sha256 of the other tensor files by name; adapter_config.json by `config_hash`.
+        files: hashes of the tensor files by name, see `weft.hashes`; adapter_config.json by `config_hash`.
         sites: in the order of the model.
         modules: names of the tensors of each module trained whole.
         biases: parameter paths.

@@ -15,7 +15,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +26,20 @@ from torch import Tensor
 
 from weft.errors import FormatError, NotFiniteError
 from weft.formats.checks import check_name, parse_object, plain_file, shortened
+from weft.hashes import MAX_HEADER_BYTES, TENSORS, of_tensors
+from weft.identity import TensorHashes
 
 __all__ = [
     "Entry",
     "NotFiniteFileError",
+    "TensorBytes",
     "TensorFile",
     "parse_header",
     "read_header",
     "read_tensors",
-    "sha256_of",
     "write_tensors",
 ]
 
-MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 500_000
 MAX_DIMENSIONS = 8
 
@@ -76,13 +77,13 @@ class TensorFile:
     Attributes:
         tensors: by name, in the order of the file.
         metadata: text that stands in a safetensors header.
-        sha256: of the whole file.
+        hash: of the whole file, of the kind that was asked for; empty where none was.
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
-    sha256: str
+    hash: str = ""
 
 
 def read_header(path: Path, folder: Path | None = None) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -199,16 +200,25 @@ def _entry(name: str, facts: Any, path: Path) -> Entry:
     return Entry(dtype, tuple(shape), offsets[0], offsets[1])
 
 
-def read_tensors(path: Path, folder: Path | None = None, *, known: str | None = None) -> TensorFile:
+def read_tensors(
+    path: Path,
+    folder: Path | None = None,
+    *,
+    like: str = "",
+    hashes: TensorHashes | None = None,
+    trusted: bool = False,
+) -> TensorFile:
     """All tensors of a file, copied into memory; the kind of file is told by its first bytes.
 
     Args:
         path: ``.safetensors``, or a zip as ``torch.save`` writes it (``.bin``, ``.pt``, ``.pth``, ``.ckpt``).
         folder: where the file has to be in, links followed.
-        known: sha256 of the file, from whoever checked its numbers when it was written; they are not checked again.
+        like: a hash; that of the file is computed, of the same kind, see `weft.hashes`.
+        hashes: learns the tensors' hashes, where ``like`` needs them.
+        trusted: the numbers were checked when the file was written, by whoever kept its hash; they are not checked again.
 
     Raises:
-        FormatError: see `parse_header`; a pickle that needs more than tensors; another hash than the known one.
+        FormatError: see `parse_header`; a pickle that needs more than tensors.
         NotFiniteFileError: NaN or infinity.
     """
     size = plain_file(path, folder)
@@ -217,12 +227,10 @@ def read_tensors(path: Path, folder: Path | None = None, *, known: str | None = 
             if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
                 found = _read_pickle(path, size)
             else:
-                found = _read_safetensors(file, size, path)
+                found = _read_safetensors(file, size, path, like, hashes)
     except OSError as problem:
         raise FormatError(f"can't be read: {problem.strerror or problem}", path=path) from None
-    if known is not None and found.sha256 != known:
-        raise FormatError("was changed since it was written", path=path)
-    for name, tensor in found.tensors.items() if known is None else ():
+    for name, tensor in found.tensors.items() if not trusted else ():
         check_finite(name, tensor, path)
     return found
 
@@ -241,34 +249,53 @@ def check_finite(name: str, tensor: Tensor, path: Path) -> None:
         )  # fmt: skip
 
 
-def _read_safetensors(file: BinaryIO, size: int, path: Path) -> TensorFile:
+def _read_safetensors(file: BinaryIO, size: int, path: Path, like: str, hashes: TensorHashes | None) -> TensorFile:
+    """The tensors of a file, in the order of their bytes: it is read once, from start to end."""
     head = _head(file, size, path)
     entries, metadata = parse_header(head, size, path)
-    with ThreadPoolExecutor(1, "weft-hash") as pool:  # the next tensor is read while this one is hashed
-        return _hashed(file, head, entries, metadata, path, pool)
-
-
-def _hashed(
-    file: BinaryIO,
-    head: bytes,
-    entries: Mapping[str, Entry],
-    metadata: dict[str, str],
-    path: Path,
-    pool: ThreadPoolExecutor,
-) -> TensorFile:
-    """The tensors of a file, in the order of their bytes: it is read once, from start to end."""
-    digest = hashlib.sha256(head)
     tensors: dict[str, Tensor] = {}
-    for name, entry in entries.items():
-        raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
-        view = memoryview(raw.numpy())  # type: ignore[arg-type]
-        if len(view) and file.readinto(view) != len(view):  # type: ignore[attr-defined]
-            raise FormatError("the file became shorter while it was read", path=path, key=shortened(name))
-        pool.submit(digest.update, view)
-        if entry.dtype == torch.bool and bool((raw > 1).any()):
-            raise FormatError("truth values that are neither 0 nor 1", path=path, key=shortened(name))
-        tensors[name] = raw.view(entry.dtype).reshape(entry.shape)
-    return TensorFile(path, tensors, metadata, pool.submit(digest.hexdigest).result())
+    with _Running(head, like, hashes) as running:  # the next tensor is read while this one is hashed
+        for name, entry in entries.items():
+            raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
+            view = memoryview(raw.numpy())  # type: ignore[arg-type]
+            if len(view) and file.readinto(view) != len(view):  # type: ignore[attr-defined]
+                raise FormatError("the file became shorter while it was read", path=path, key=shortened(name))
+            running.add(raw)
+            if entry.dtype == torch.bool and bool((raw > 1).any()):
+                raise FormatError("truth values that are neither 0 nor 1", path=path, key=shortened(name))
+            tensors[name] = raw.view(entry.dtype).reshape(entry.shape)
+        return TensorFile(path, tensors, metadata, running.result())
+
+
+class _Running:
+    """The hash of a file whose tensors come one after the other."""
+
+    def __init__(self, head: bytes, like: str, hashes: TensorHashes | None) -> None:
+        self.head, self.parts = head, list[Future[str]]()
+        self.by_tensors = like.startswith(TENSORS)
+        self.hashes = (hashes or TensorHashes()) if self.by_tensors else None
+        self.owned = self.hashes is not hashes
+        self.whole = hashlib.sha256(head) if like and not self.by_tensors else None
+        self.pool = ThreadPoolExecutor(1, "weft-hash")
+
+    def __enter__(self) -> _Running:
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+        if self.owned and self.hashes is not None:
+            self.hashes.__exit__(None, None, None)
+
+    def add(self, raw: Tensor) -> None:
+        if self.hashes is not None:
+            self.parts.append(self.hashes.ask(raw))
+        elif self.whole is not None:
+            self.pool.submit(self.whole.update, memoryview(raw.numpy()))  # type: ignore[arg-type]
+
+    def result(self) -> str:
+        if self.hashes is not None:
+            return of_tensors(self.head, [part.result() for part in self.parts])
+        return self.pool.submit(self.whole.hexdigest).result() if self.whole is not None else ""
 
 
 def _read_pickle(path: Path, size: int) -> TensorFile:
@@ -283,7 +310,7 @@ def _read_pickle(path: Path, size: int) -> TensorFile:
             "because pickles can run code: save it as safetensors where it came from", path=path
         ) from None  # fmt: skip
     tensors = {name: _owned(name, tensor, path) for name, tensor in _state_dict(value, path).items()}
-    return TensorFile(path, tensors, {}, sha256_of(path))
+    return TensorFile(path, tensors, {})
 
 
 def _check_zip(path: Path, size: int) -> None:
@@ -335,54 +362,61 @@ def _owned(name: str, tensor: Tensor, path: Path) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
-def sha256_of(path: Path) -> str:
-    """sha256 over a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class TensorBytes:
+    """A safetensors file that isn't written yet; dtypes are kept. The same bytes as those of ``safetensors.torch.save_file``.
+
+    Args:
+        tensors: by name; any device and layout of memory, also shared.
+        metadata: text for the header.
+        hashes: begins with the tensors' hashes at once.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, hashes: TensorHashes
+    ) -> None:
+        ordered = sorted(
+            tensors, key=lambda name: (-tensors[name].itemsize, name)
+        )  # wide numbers first: every tensor is aligned
+        said: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        end = 0
+        for name in ordered:
+            start, end = end, end + tensors[name].numel() * tensors[name].itemsize
+            said[name] = {
+                "dtype": _NAMES[tensors[name].dtype],
+                "shape": list(tensors[name].shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._head = len(text).to_bytes(8, "little") + text
+        self._tensors = [tensors[name].detach() for name in ordered]
+        self._hashes = [hashes.ask(tensors[name]) for name in ordered]
+        self.size = len(self._head) + end
+
+    @property
+    def hash(self) -> str:
+        """Of the file, see `weft.hashes`; waits until it is known."""
+        return of_tensors(self._head, [part.result() for part in self._hashes])
+
+    def write(self, path: Path) -> None:
+        """Write it, onto the disk. It is hashed while the disk is busy.
+
+        Raises:
+            OSError: the disk is full, or the file can't be written.
+        """
+        with path.open("wb", buffering=0) as file:
+            _write_all(file, memoryview(self._head))
+            for tensor in self._tensors:
+                _write_all(file, _bytes(tensor.cpu().contiguous()))
+            os.fsync(file.fileno())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write a safetensors file, onto the disk; dtypes are kept. It is hashed while the disk is busy.
-
-    The same bytes as those of ``safetensors.torch.save_file``.
-
-    Args:
-        path: a new file.
-        tensors: by name; any device and layout of memory, also shared.
-        metadata: text for the header.
-
-    Returns:
-        sha256 of the file.
-
-    Raises:
-        OSError: the disk is full, or the file can't be written.
-    """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    ordered = sorted(
-        plain, key=lambda name: (-plain[name].itemsize, name)
-    )  # wide numbers first: every tensor is aligned
-    said: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
-    end = 0
-    for name in ordered:
-        start, end = end, end + plain[name].numel() * plain[name].itemsize
-        said[name] = {
-            "dtype": _NAMES[plain[name].dtype],
-            "shape": list(plain[name].shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    parts: list[memoryview] = [
-        memoryview(len(text).to_bytes(8, "little") + text),
-        *(_bytes(plain[name]) for name in ordered),
-    ]
-    with ThreadPoolExecutor(1, "weft-hash") as pool:
-        digest: Future[str] = pool.submit(_sha256, parts)
-        with path.open("wb", buffering=0) as file:
-            for part in parts:
-                _write_all(file, part)
-            os.fsync(file.fileno())
-        return digest.result()
+    """Write a safetensors file, see `TensorBytes`; gives its hash."""
+    with TensorHashes() as hashes:
+        made = TensorBytes(tensors, metadata, hashes=hashes)
+        made.write(path)
+        return made.hash
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -392,10 +426,3 @@ def _bytes(tensor: Tensor) -> memoryview:
 def _write_all(file: io.FileIO, part: memoryview) -> None:
     while part.nbytes:
         part = part[file.write(part) :]
-
-
-def _sha256(parts: Iterable[memoryview]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()

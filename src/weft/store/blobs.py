@@ -26,6 +26,7 @@ from pathlib import Path
 
 from weft.durable import flush, flush_tree, write_flushed
 from weft.errors import DamagedError, StoreError
+from weft.hashes import hash_of
 
 __all__ = [
     "DAMAGED_ADVICE",
@@ -36,8 +37,8 @@ __all__ = [
     "checked_address",
     "checked_name",
     "disk_problem",
+    "is_file",
     "is_local",
-    "measure",
 ]
 
 _ADDRESS = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?")
@@ -55,10 +56,10 @@ _STALE = 3600.0
 
 @dataclass(frozen=True)
 class FileFacts:
-    """Size in bytes and sha256 of a file."""
+    """Size in bytes and hash of a file, see `weft.hashes`."""
 
     size: int
-    sha256: str
+    hash: str
 
 
 Files = Mapping[str, FileFacts]
@@ -137,7 +138,7 @@ class Blobs(ABC):
             return False
         small = {name: facts for name, facts in files.items() if name.endswith(".json")}
         return all(
-            hashlib.sha256(self.read(address, name, facts.size)).hexdigest() == facts.sha256
+            hashlib.sha256(self.read(address, name, facts.size)).hexdigest() == facts.hash
             for name, facts in small.items()
         )
 
@@ -151,7 +152,7 @@ class Blobs(ABC):
             path = folder / name
             if not path.is_file():
                 raise self.damaged(address, name, "is missing")
-            if path.stat().st_size != facts.size or _sha256(path) != facts.sha256:
+            if not is_file(path, facts):
                 raise self.damaged(address, name, "was changed")
 
     def damaged(self, address: str, name: str, what: str) -> DamagedError:
@@ -208,11 +209,12 @@ class LocalBlobs(Blobs):
 
     def holds(self, address: str, files: Files) -> bool:
         """See `Blobs.holds`."""
+        place = self._place(address)
         try:
-            there = measure(self._place(address))
+            there = {entry.name for entry in os.scandir(place) if not entry.is_dir(follow_symlinks=False)}
+            return there == set(files) and all(is_file(place / name, facts) for name, facts in files.items())
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return {name: facts for name, facts in there.items() if "/" not in name} == dict(files)
 
     def add(self, address: str, name: str, data: bytes) -> None:
         """See `Blobs.add`."""
@@ -323,19 +325,13 @@ def disk_problem(problem: OSError, where: str) -> StoreError:
     return StoreError(f"{where}: {problem.filename or 'a file'} can't be used: {reason}; nothing was changed")
 
 
-def measure(folder: Path) -> dict[str, FileFacts]:
-    """Size and hash of every file in a directory, by relative name.
+def is_file(path: Path, facts: FileFacts) -> bool:
+    """Whether a file has this size and this hash.
 
     Raises:
-        FileNotFoundError: no such directory, or a file that went away.
+        OSError: it isn't there, or can't be read.
     """
-    found: dict[str, FileFacts] = {}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.is_dir(follow_symlinks=False):
-            found |= {f"{entry.name}/{name}": facts for name, facts in measure(Path(entry.path)).items()}
-        else:
-            found[entry.name] = FileFacts(entry.stat().st_size, _sha256(Path(entry.path)))
-    return found
+    return path.stat().st_size == facts.size and hash_of(path, facts.hash) == facts.hash
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
@@ -344,11 +340,6 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checked_address(address: str) -> str:

@@ -18,14 +18,17 @@ from weft.adapter import Adapter, Provenance
 from weft.errors import DamagedError, FormatError, StoreError, UnsupportedError
 from weft.formats import peft
 from weft.formats.checks import parse_object
-from weft.formats.record import RECORD, plain
-from weft.formats.tensor_files import sha256_of
-from weft.identity import digest_of
-from weft.store.blobs import MAX_PROVENANCE, FileFacts, Files, disk_problem
+from weft.formats.record import plain
+from weft.hashes import sha256_of
+from weft.identity import TensorHashes, digest_of
+from weft.store.blobs import MAX_PROVENANCE, FileFacts, Files, disk_problem, is_file
 from weft.store.names import check_text
 from weft.store.records import Draft, checked_metrics, checked_tags, is_metric
 
 __all__ = ["address_of", "draft_of", "has_digest", "pack", "pack_provenance", "unpack", "unpack_provenance"]
+
+
+_TENSORS = ".safetensors"
 
 
 def address_of(adapter: Adapter) -> str:
@@ -41,8 +44,8 @@ def has_digest(adapter: Adapter) -> bool:
 def pack(adapter: Adapter, folder: Path, name: str, provenance: bytes) -> dict[str, FileFacts]:
     """Write an adapter into a directory that nobody sees yet; gives its files. Tensor files are on the disk then.
 
-    A provenance stands beside under its name. What PEFT's files can't hold is written in the layout that weft alone reads. A digest that isn't known yet is computed
-    while files are written.
+    A provenance stands beside under its name. What PEFT's files can't hold is written in the layout that weft alone reads. Each tensor is hashed once, for the
+    digest and for its file, while the disk is busy.
 
     Raises:
         NotFiniteError: NaN or infinity in it.
@@ -52,27 +55,30 @@ def pack(adapter: Adapter, folder: Path, name: str, provenance: bytes) -> dict[s
     shared = adapter.replace(
         provenance=Provenance(base=base, base_name=adapter.provenance.base_name if base is None else None)
     )
-    found = {}
     try:
-        with ThreadPoolExecutor(1, "weft-digest") as pool:
-            digest = pool.submit(lambda: adapter.digest)
+        with TensorHashes() as hashes, ThreadPoolExecutor(1, "weft-write") as pool:
+            files = _writers(shared, hashes)
+            large = {
+                file: pool.submit(write, folder / file) for file, write in files.items() if file.endswith(_TENSORS)
+            }
             (folder / name).parent.mkdir()
             (folder / name).write_bytes(provenance)
-            for file, write in _writers(shared).items():
-                if file == RECORD:
-                    shared.__dict__["digest"] = digest.result()  # it counts nothing else of the provenance
-                known = write(folder / file)
-                found[file] = FileFacts((folder / file).stat().st_size, known or sha256_of(folder / file))
+            shared.__dict__["digest"] = adapter.digest_with(hashes)  # it counts nothing else of the provenance
+            found = {file: write(folder / file) for file, write in files.items() if file not in large}
+            found |= {file: done.result() for file, done in large.items()}
+            return {
+                file: FileFacts((folder / file).stat().st_size, known or sha256_of(folder / file))
+                for file, known in found.items()
+            }
     except OSError as problem:
         raise disk_problem(problem, str(folder.parent)) from problem
-    return found
 
 
-def _writers(adapter: Adapter) -> dict[str, peft.Writer]:
+def _writers(adapter: Adapter, hashes: TensorHashes) -> dict[str, peft.Writer]:
     try:
-        return peft.writers(adapter)
+        return peft.writers(adapter, hashes)
     except UnsupportedError:
-        return peft.writers(adapter, for_peft=False)
+        return peft.writers(adapter, hashes, for_peft=False)
 
 
 def unpack(folder: Path, digest: str, provenance: Provenance, files: Files | None = None) -> Adapter:
@@ -89,7 +95,7 @@ def unpack(folder: Path, digest: str, provenance: Provenance, files: Files | Non
         if files is None:
             adapter = peft.read(folder)
         else:
-            adapter = peft.read_known(folder, {name: facts.sha256 for name, facts in files.items()})
+            adapter = peft.read_known(folder, {name: facts.hash for name, facts in files.items()})
     except FormatError as problem:
         raise DamagedError(
             f"the store's copy of {digest[:12]} is damaged: {_harm(folder, files or {}) or problem}. Put the adapter again, or pull it from where it was pushed to"
@@ -112,7 +118,7 @@ def _harm(folder: Path, files: Files) -> str:
         path = folder / name
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != facts.size or hashlib.sha256(path.read_bytes()).hexdigest() != facts.sha256:
+        if not is_file(path, facts):
             return f"{path} was changed since the store wrote it"
     return ""
 

@@ -44,7 +44,7 @@ body { font: 15px/1.5 ui-sans-serif, system-ui, sans-serif; color: var(--ink); b
 h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; } p.faint, .faint { color: var(--faint); }
 a { color: var(--mark); text-decoration: none; } a:hover { text-decoration: underline; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; color: var(--faint); font-size: .85rem; } th, td { padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { text-align: left; font-weight: 600; color: var(--faint); font-size: .85rem; } th, td { padding: .4rem .8rem .4rem 0; border-bottom: 1px solid var(--line); vertical-align: top; } td:last-child { white-space: nowrap; }
 td.right, th.right { text-align: right; padding-right: 1.8rem; } code { font: 13px ui-monospace, monospace; } .alias { border: 1px solid var(--mark); color: var(--mark); border-radius: 9px; padding: 0 .5em; font-size: .8rem; margin-left: .3em; }
 img { max-width: 100%; background: #fff; border-radius: 6px; }
 """
@@ -102,7 +102,7 @@ class Pages:
         newest = versions[0]
         body = f'<p><a href="index.html">Adapters</a></p><h1>{_text(name)}</h1><p class=faint>base {_text(newest.base_name or "not known")} <code>{newest.base[:12]}</code></p>'
         body += _table(("version", ">rank", ">numbers", "metrics", "tags", "note", "digest", "put (UTC)"), rows)
-        moves = [(_text(move.alias), move.kind, str(move.before or ""), str(move.after or ""), _text(move.required), _text(move.by), moment(move.at)[:16].replace("T", " "))
+        moves = [(_text(move.alias), move.kind + (", taken back" if move.undone else ""), str(move.before or ""), str(move.after or ""), _text(move.required), _text(move.by), moment(move.at)[:16].replace("T", " "))
                  for move in self.store.moves(name)]  # fmt: skip
         if moves:
             body += "<h2>Moves of aliases</h2>" + _table(

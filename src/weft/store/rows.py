@@ -264,7 +264,7 @@ def select_versions() -> sa.Select[Any]:
 
 def pack_files(files: Files) -> str:
     """Files as text for the index."""
-    return json.dumps({name: [facts.size, facts.sha256] for name, facts in sorted(files.items())})
+    return json.dumps({name: [facts.size, facts.hash] for name, facts in sorted(files.items())})
 
 
 def unpack_files(text: str | None) -> dict[str, FileFacts] | None:

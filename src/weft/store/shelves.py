@@ -25,6 +25,7 @@ from weft.durable import flush, write_flushed
 from weft.errors import FormatError, StoreError
 from weft.formats.checks import parse_object
 from weft.formats.peft import OWNED
+from weft.hashes import is_hash
 from weft.store.blobs import Blobs, FileFacts, Files, LocalBlobs, checked_address, is_local
 from weft.store.names import check_name, check_text
 from weft.store.records import Version, checked_metrics, checked_tags
@@ -66,7 +67,7 @@ class Record:
 
     def to_json(self) -> bytes:
         """Text of the record."""
-        files = {name: [facts.size, facts.sha256] for name, facts in sorted(self.files.items())}
+        files = {name: [facts.size, facts.hash] for name, facts in sorted(self.files.items())}
         said = {"format": FORMAT, "name": self.name, "number": self.number, "digest": self.digest, "address": self.address, "files": files,
                 "tags": dict(self.tags), "metrics": dict(self.metrics), "note": self.note, "provenance": dict(self.provenance)}  # fmt: skip
         return json.dumps(said, indent=1, ensure_ascii=False, allow_nan=False, sort_keys=True, default=str).encode(
@@ -140,7 +141,7 @@ def _expect(ok: object) -> None:
 def _facts(name: str, facts: Any) -> FileFacts:
     """A file of a record: one that adapters have, and no other."""
     _expect(name in OWNED and isinstance(facts, list) and len(facts) == 2)
-    _expect(type(facts[0]) is int and 0 < facts[0] < 1 << 46 and isinstance(facts[1], str) and len(facts[1]) == 64)
+    _expect(type(facts[0]) is int and 0 < facts[0] < 1 << 46 and is_hash(facts[1]))
     return FileFacts(facts[0], facts[1])
 
 

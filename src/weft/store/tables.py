@@ -60,7 +60,7 @@ blobs = Table(
     metadata,
     Column("address", String(96), primary_key=True),  # the folder: the digest, and the proof's where there is one
     Column("bytes", BigInteger, nullable=False, default=0),
-    Column("files", Text),  # JSON: size and sha256 by name; NULL until the files are known to be there
+    Column("files", Text),  # JSON: size and hash by name, see weft.hashes; NULL until the files are known to be there
     Column("touched", Float(53), nullable=False),  # the last put that counted on it
 )
 

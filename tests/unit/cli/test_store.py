@@ -39,6 +39,8 @@ def test_a_life_in_the_store(place: Path) -> None:
     assert "there already" in weft("store put run2 --name medical --metric bleu=31").err
     assert "medical@2" in weft("store ls --where 'eval_loss<1.3'").out
     assert weft("store ls --tag domain=health --all --json").json[0]["ref"] == "medical@1"
+    assert "older ones are: --all" in weft("store ls --tag domain=health").err
+    assert "let through" in weft("store ls --tag domain=nothing").err
     weft("store promote medical@2 prod --require 'eval_loss<=prod'")
     refused = weft("store promote medical@1 prod --require 'eval_loss<=prod'", ok=False)
     assert refused.status == 1
