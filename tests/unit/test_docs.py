@@ -8,11 +8,14 @@ import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import typer
 
 import weft
+from tests.tolerances import assert_close
 from weft.train import Recipe
 
 READMES = ("README.md", "README.zh-CN.md")
@@ -94,7 +97,7 @@ def test_recipes_of_the_examples_are_valid(path: Path) -> None:
 def test_python_of_the_readme_uses_public_names(repository: Path) -> None:
     text = (repository / "README.md").read_text(encoding="utf-8")
     code = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(code) == 3
+    assert len(code) == 4
     for block in code:
         compile(block, "README.md", "exec")
         assert set(re.findall(r"\bweft\.(\w+)", re.sub(r"#.*", "", block))) <= set(weft.__all__)
@@ -113,3 +116,25 @@ def test_the_first_example_of_the_readme_runs(
     assert names["adapter"] == weft.load("out/mine")
     merged, model = names["merged"], names["model"]
     assert merged is not model
+
+
+def test_the_weight_manager_of_the_readme(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    code = next(
+        block for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if "Store()" in block
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WEFT_STORE", str(tmp_path / "store"))
+    model, _ = weft.load_base()
+    for name in ("medical", "polite"):
+        with weft.attach(model, {name: weft.LoraSpec(rank=2, targets="all-linear")}) as bank:
+            for _, factor in bank.named_parameters(name):
+                torch.nn.init.normal_(factor, std=0.05)
+            bank.adapter(name).save(f"runs/{name}")
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    answer, routed = names["answer"], names["routed"]
+    plain = model(**names["batch"]).logits
+    assert not torch.allclose(answer, plain)
+    assert_close(routed, answer)
+    assert torch.equal(names["model"](**names["batch"]).logits, plain)

@@ -72,8 +72,12 @@ def ls(
         return show.as_json([version.to_dict() for version in found[:limit]])
     if not found:
         asked = any(item is not None for item in (name, base, where, data, alias)) or bool(labels)
-        older = asked and not every and store.find(
-            name=name, base=base, tags=labels, where=where, data=data, alias=alias, all_versions=True, limit=1
+        older = (
+            asked
+            and not every
+            and store.find(
+                name=name, base=base, tags=labels, where=where, data=data, alias=alias, all_versions=True, limit=1
+            )
         )
         if older:
             return show.remark("no newest version is let through by these; older ones are: --all shows them", quiet)
