@@ -100,11 +100,11 @@ def test_a_full_disk_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     old = simple()
     write(old, tmp_path / "a")
 
-    def full(path: Path, *_: object) -> None:
+    def full(_: object, path: Path) -> None:
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("weft.formats.peft.write_tensors", full)
+    monkeypatch.setattr("weft.formats.tensor_files.TensorBytes.write", full)
     with pytest.raises(FormatError, match="No space left on device"):
         write(simple(), tmp_path / "a", overwrite=True)
     with pytest.raises(FormatError, match="No space left on device"):
