@@ -18,9 +18,9 @@ from weft.compose.report import Mixture
 from weft.core.bank import Bank
 from weft.errors import MixError
 from weft.models.attach import attach
+from weft.train.bars import counter
 from weft.train.evaluation import encoded_for, examples_for, scores
 from weft.train.opening import open_base, trained_format
-from weft.train.bars import counter
 
 __all__ = ["Judge"]
 
