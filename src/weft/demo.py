@@ -35,7 +35,7 @@ from weft.train.recipe import Recipe
 from weft.train.run import Run
 from weft.train.training import train
 
-__all__ = ["RECIPE", "Bytes", "Demo", "DemoPlan"]
+__all__ = ["RECIPE", "Bytes", "Demo", "DemoPlan", "free_folder"]
 
 RECIPE = Recipe(
     spec=LoraSpec(rank=16, alpha=32),
@@ -108,7 +108,7 @@ class Demo:
         checked: int = CHECKED,
         asked: int = ASKED,
     ) -> None:
-        self.folder = _free_folder() if out is None else Path(out)
+        self.folder = free_folder() if out is None else Path(out)
         if out is not None and self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise RunError(f"{self.folder}: this is not an empty folder; give the demo another name")
         self.base = base
@@ -199,12 +199,12 @@ def _rows(split: str, count: int) -> list[dict[str, str]]:
     return [{**row, "prompt": row["prompt"].removesuffix("\n")} for row in examples(split, count)]
 
 
-def _free_folder() -> Path:
+def free_folder(name: str = "demo") -> Path:
     """The first of runs/demo, runs/demo-2 … that doesn't exist."""
-    place, number = Path("runs") / "demo", 1
+    place, number = Path("runs") / name, 1
     while place.exists():
         number += 1
-        place = Path("runs") / f"demo-{number}"
+        place = Path("runs") / f"{name}-{number}"
     return place
 
 

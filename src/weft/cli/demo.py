@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weft.cli import show
+from weft.cli.options import Usage
+from weft.errors import did_you_mean
 
 if TYPE_CHECKING:
     from weft.demo import Demo, DemoPlan
@@ -18,9 +20,16 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 @app.command()
 def demo(
+    story: Annotated[
+        str | None, typer.Argument(metavar="[STORY]", help="vision: text and images; default: the story of text.")
+    ] = None,
     out: Annotated[
         str | None,
-        typer.Option("--out", metavar="DIR", help="Where to write; default: runs/demo, or the next free number."),
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Where to write; default: runs/demo (runs/demo-vision), or the next free number.",
+        ),
     ] = None,
     base: Annotated[
         str | None, typer.Option("--base", metavar="BASE", help="Another base than the embedded one.")
@@ -30,7 +39,17 @@ def demo(
     """See the whole story on the embedded base.
 
     Plan, train, compare, merge, prove: an adapter for a task that the base can't do. Offline, in a minute or two.
+
+    weft demo vision: two towers learn which picture a caption means, on pictures that the demo draws.
     """
+    if story not in (None, "text", "vision"):
+        raise Usage(f"no story {story!r}.{did_you_mean(str(story), ('text', 'vision'))} Expected vision, or nothing")
+    if story == "vision":
+        if base is not None:
+            raise Usage("the vision demo makes its own vision base and reads with the embedded one; leave --base out")
+        from weft.cli.demo_vision import tell
+
+        return tell(out, quiet)
     started = time.monotonic()
     show.remark("The whole life of an adapter, on a small base that comes with weft.", quiet)
     from weft.demo import Demo

@@ -6,7 +6,7 @@
 One function a rule, registered by its name; `weft.diagnosis.record` says which numbers there are. No torch, no files.
 """
 
-from weft.diagnosis import data, losses, sites, speed, steps
+from weft.diagnosis import data, losses, sites, speed, steps, towers
 from weft.diagnosis.finding import SEVERITIES, Finding, worst, worst_first
 from weft.diagnosis.record import Record
 from weft.diagnosis.rules import RULES, examine
@@ -22,6 +22,7 @@ __all__ = [
     "sites",
     "speed",
     "steps",
+    "towers",
     "worst",
     "worst_first",
 ]

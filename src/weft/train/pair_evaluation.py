@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from weft.adapter import Adapter
+from weft.core.bank import Bank
 from weft.data.pairs import PairCollator, PairFeatures, Pairs, load_pairs
 from weft.errors import DataError, RunError
 from weft.train.bars import counter
@@ -23,7 +26,7 @@ from weft.train.recipe import Recipe
 from weft.train.retrieval import recalls
 from weft.train.run import Folder
 
-__all__ = ["TEMPLATE", "evaluate_pairs", "is_pair_run"]
+__all__ = ["TEMPLATE", "embedded_pairs", "evaluate_pairs", "is_pair_run"]
 
 TEMPLATE = "a photo of a {}"
 
@@ -66,6 +69,62 @@ def evaluate_pairs(
         RunError: no finished run on pairs. DataError: see `weft.data.pairs.load_pairs`; a class that the data don't have.
         BaseMismatchError: the towers are others than those of the run.
     """
+    with _opened(run, data, images, base, columns, dtype, allow_other_base) as (
+        bank,
+        processor,
+        recipe,
+        pairs,
+        adapter,
+    ):
+        if "{}" not in template:
+            raise DataError(f"template={template!r}: expected a text with {{}} for the name of the class")
+        sides = []
+        for name in (None, "run"):
+            bank.use(name)
+            with counter("before" if name is None else "after", len(pairs), progress) as tick:
+                sides.append(_measured(bank.model, processor, recipe, pairs, classes, template, batch_size, tick))
+    facts = {"source": pairs.source, "digest": pairs.digest, "summary": pairs.summary()}
+    return Evaluation(sides[0], sides[1], recipe.kind, len(pairs), digest=adapter.digest, data=facts, notes=pairs.notes)
+
+
+def embedded_pairs(
+    run: str | os.PathLike[str],
+    data: Any,
+    *,
+    images: str | os.PathLike[str] | None = None,
+    base: Any = None,
+    batch_size: int = 64,
+) -> list[tuple[Tensor, Tensor]]:
+    """Embeddings of texts and images by row, (N, D) each and of length one, before and after training; else as `evaluate_pairs`.
+
+    Raises:
+        RunError: also for a run of ``kind="fused"``, which compares nothing.
+    """  # fmt: skip
+    with _opened(run, data, images, base, None, None, False) as (bank, processor, recipe, pairs, _):
+        if recipe.kind != "contrastive":
+            raise RunError(f"{run}: kind={recipe.kind!r} has no common space; expected a run of kind='contrastive'")
+        found = []
+        for name in (None, "run"):
+            bank.use(name)
+            parts = [
+                compared(bank.model, outputs)[:2]
+                for outputs, _ in _forwards(bank.model, processor, recipe, pairs, batch_size)
+            ]
+            found.append((torch.cat([text for text, _ in parts]), torch.cat([image for _, image in parts])))
+        return found
+
+
+@contextlib.contextmanager
+def _opened(
+    run: str | os.PathLike[str],
+    data: Any,
+    images: Any,
+    base: Any,
+    columns: Mapping[str, str] | None,
+    dtype: str | None,
+    allow_other_base: bool,
+) -> Iterator[tuple[Bank, PairProcessor, Recipe, Pairs, Adapter]]:
+    """The towers of a run with its adapter loaded as ``run``, and the pairs."""
     from weft.formats import load
     from weft.models.attach import attach
 
@@ -75,8 +134,6 @@ def evaluate_pairs(
         raise RunError(
             f"{run}: trained with kind={recipe.kind!r}, not on texts and images; weft eval --adapter {run} evaluates it"
         )
-    if "{}" not in template:
-        raise DataError(f"template={template!r}: expected a text with {{}} for the name of the class")
     adapter = load(folder.adapter)
     base = folder.read_environment().get("inputs", {}).get("base") if base is None else base
     if base is None or (isinstance(base, str) and base == "(given)"):
@@ -87,15 +144,30 @@ def evaluate_pairs(
     fused = recipe.kind == "fused"
     pairs = load_pairs(data, images, columns=columns, labelled=fused, labels=labels if fused else None)
     model, processor = open_towers(recipe, base, len(labels or ()) if fused else None, dtype)
-    sides = []
     with attach(model, {}) as bank:
         bank.load("run", adapter, allow_other_base=allow_other_base)
-        for name in (None, "run"):
-            bank.use(name)
-            with counter("before" if name is None else "after", len(pairs), progress) as tick:
-                sides.append(_measured(model, processor, recipe, pairs, classes, template, batch_size, tick))
-    facts = {"source": pairs.source, "digest": pairs.digest, "summary": pairs.summary()}
-    return Evaluation(sides[0], sides[1], recipe.kind, len(pairs), digest=adapter.digest, data=facts, notes=pairs.notes)
+        yield bank, processor, recipe, pairs, adapter
+
+
+@torch.no_grad()
+def _forwards(
+    model: nn.Module, processor: PairProcessor, recipe: Recipe, pairs: Pairs, batch_size: int
+) -> Iterator[tuple[Any, int]]:
+    """What the model says of each batch, and how many rows it has."""
+    features, collate = _featured(processor, recipe, pairs)
+    model.eval()
+    for start in range(0, len(features), batch_size):
+        batch = collate([features[index] for index in range(start, min(start + batch_size, len(features)))])
+        rows = len(batch.pop("labels"))
+        batch.pop("image_ids", None)
+        yield model(**batch), rows
+
+
+def _featured(processor: PairProcessor, recipe: Recipe, pairs: Pairs) -> tuple[PairFeatures, PairCollator]:
+    length = recipe.max_length or 128
+    ids = [list(processor.tokenizer(text, truncation=True, max_length=length)["input_ids"]) for text in pairs.texts]
+    collate = PairCollator(processor.tokenizer.pad_token_id or 0, recipe.kind == "fused")
+    return PairFeatures(pairs, ids, transform_of(processor), recipe.kind), collate
 
 
 @torch.no_grad()
@@ -104,17 +176,8 @@ def _measured(
     tick: Any,
 ) -> dict[str, float]:  # fmt: skip
     """One side."""
-    length = recipe.max_length or 128
-    ids = [list(processor.tokenizer(text, truncation=True, max_length=length)["input_ids"]) for text in pairs.texts]
-    features = PairFeatures(pairs, ids, transform_of(processor), recipe.kind)
-    collate = PairCollator(processor.tokenizer.pad_token_id or 0, recipe.kind == "fused")
-    model.eval()
     texts, images, predicted = [], [], []
-    for start in range(0, len(features), batch_size):
-        batch = collate([features[index] for index in range(start, min(start + batch_size, len(features)))])
-        rows = len(batch.pop("labels"))
-        batch.pop("image_ids", None)
-        outputs = model(**batch)
+    for outputs, rows in _forwards(model, processor, recipe, pairs, batch_size):
         if recipe.kind == "fused":
             predicted += outputs.logits.argmax(1).tolist()
         else:
@@ -130,6 +193,7 @@ def _measured(
     found = recalls(torch.cat(texts), torch.cat(images), pairs.text_ids, pairs.image_ids)
     names = list(classes or pairs.labels)
     if names and pairs.labels:
+        features, collate = _featured(processor, recipe, pairs)
         found["zero_shot_accuracy"] = _zero_shot(
             model, processor, pairs, torch.cat(images), features, collate, names, template
         )

@@ -167,7 +167,9 @@ def read_pairs(recipe: Recipe, data: Any, eval_data: Any, images: Any) -> PairTe
             raise DataError(f"eval_data={eval_data}: a share of the training data to hold out is above 0 and below 1")
         train, evaluated = train.split(eval_data, recipe.seed)
     elif eval_data is not None:
-        evaluated = load_pairs(eval_data, images, columns=columns, labelled=fused, labels=train.labels or None)
+        evaluated = load_pairs(
+            eval_data, images, columns=columns, labelled=fused, labels=train.labels if fused else None
+        )
     notes = [*train.notes, *(evaluated.notes if evaluated is not None and evaluated.source != train.source else ())]
     if evaluated is None:
         notes.append("no evaluation data: the last checkpoint is kept, and nothing says whether it is a good one")

@@ -133,6 +133,15 @@ def test_recall_is_over_different_texts_and_images_and_counts_ties_as_wrong() ->
     assert spread(alike) == pytest.approx(0, abs=1e-6)
 
 
+def test_classes_that_were_not_learned_are_evaluated(tmp_path: Path) -> None:
+    few = [row for row in rows(32) if row["label"] != "white"]
+    run = weft.train(base=bases(), data=few, eval_data=rows(8), recipe=RECIPE.replace(max_steps=2, eval_every=2), out=tmp_path / "run",
+                     progress=False)  # fmt: skip
+    found = evaluate_pairs(run.path, rows(8), base=bases(), progress=False)
+    assert found.adapter is not None
+    assert "zero_shot_accuracy" in found.adapter
+
+
 def test_images_that_cant_be_read_are_counted(tmp_path: Path) -> None:
     from PIL import Image
 
