@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cotraining, measures, mixing, serving, storing, subjects
+from benchmarks import cotraining, measures, mixing, seeing, serving, storing, subjects
 from benchmarks.subjects import Setting
 
 __all__ = ["ROWS", "rows_for"]
@@ -130,6 +130,7 @@ ROWS: dict[str, Callable[..., Row]] = {
     **cotraining.ROWS,
     **serving.ROWS,
     **storing.ROWS,
+    **seeing.ROWS,
 }
 """By name, as `python -m benchmarks --row NAME '{…}'` calls them."""
 
@@ -154,6 +155,7 @@ def rows_for(cuda: bool) -> list[tuple[str, dict[str, Any]]]:
         *cotraining.rows(),
         *serving.rows(),
         *storing.rows(),
+        *seeing.rows(cuda),
     ]
 
 

@@ -29,16 +29,19 @@ def tell(out: str | None, quiet: bool) -> None:
         ]
     )  # fmt: skip
     held = ", ".join(dict.fromkeys(f"{scene.colour} {scene.shape}" for scene in story.asked))
-    show.result(f"\n{len(story.learned):,} pictures with captions to learn; {len(story.asked)} to find, of colours and shapes that never meet in them:\n{held}")  # fmt: skip
+    show.result(
+        f"\n{len(story.learned):,} pictures with captions to learn. To find: {len(story.asked)} of colours and shapes that never meet in them\n"
+        f"({held}), among {len(story.others)} others."
+    )
     show.heading("2", "Train: LoRA in both towers, projections, temperature")
     run = story.train(show.progress(quiet))
     report = run.report
     show.result(f"{report.steps} steps in {report.seconds:.0f} s; {report.trainable:,} numbers; one adapter {run.adapter.digest[:12]} with "
                 f"towers {' and '.join(run.adapter.towers)}")  # fmt: skip
-    show.heading("3", "Compare, on what was held out")
-    _compare(story, show.progress(quiet))
-    show.heading("4", "A picture of it")
+    show.heading("3", "Compare")
     found = story.finds()
+    _compare(story, found, show.progress(quiet))
+    show.heading("4", "A picture of it")
     example = _telling(found)
     show.pairs(
         [("caption", found["before"][example].caption), *((side, _words(found[side][example])) for side in found)]
@@ -50,19 +53,20 @@ def tell(out: str | None, quiet: bool) -> None:
     show.remark(f"\n{time.monotonic() - started:.0f} seconds in all", quiet)
 
 
-def _compare(story: VisionDemo, progress: bool | None) -> None:
-    found = story.compare(progress)
-    before, after = found.base, found.adapter or {}
-    captions = len({scene.caption for scene in story.asked})
-    rows = (
-        (f"caption of a picture, of {captions}", "image_to_text_r1"),
-        (f"picture of a caption, of {len(story.asked)}", "text_to_image_r1"),
-        (f"among the first {story.shown}", f"text_to_image_r{story.shown}"),
-    )
-    show.table(
-        [("right", "left"), ("before", "right"), ("after", "right")],
-        [(words, f"{before[name]:.0%}", f"{after[name]:.0%}") for words, name in rows],
-    )
+def _compare(story: VisionDemo, found: dict[str, list[Found]], progress: bool | None) -> None:
+    measured = story.compare(progress)
+    before, after = measured.base, measured.adapter or {}
+    new = story.asked + story.others
+    captions = len({scene.caption for scene in new})
+    rows = [
+        (f"new pictures: the right one of {captions} captions", f"{before['image_to_text_r1']:.0%}", f"{after['image_to_text_r1']:.0%}"),
+        (f"captions: a right one of {len(new)} pictures first", f"{before['text_to_image_r1']:.0%}", f"{after['text_to_image_r1']:.0%}"),
+        (
+            f"held-out captions: right among the first {story.shown}",
+            *(f"{sum(sum(one.right) for one in side)} of {sum(len(one.right) for one in side)}" for side in found.values()),
+        ),
+    ]  # fmt: skip
+    show.table([("right", "left"), ("before", "right"), ("after", "right")], rows)
 
 
 def _telling(found: dict[str, list[Found]]) -> int:

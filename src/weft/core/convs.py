@@ -3,10 +3,15 @@
     u = conv(x, A)    y = conv(x, W) + b + s · conv₁ₓ₁(u, B)
 
 A has the layer's kernel, stride, padding and dilation; B has its groups. Kept for the backward: x and u.
+
+A thin convolution costs far more than its products: as much as one of 16 channels, and x is laid out anew for each call. On a CPU, where
+nothing is rounded away by it (float32, float64), the base's weight and the update are therefore one weight for y and for the gradient of
+x: ``W + s B A``, made for the call. A layer with few outputs has its factors' gradients from that weight's; then u isn't needed at all.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -106,19 +111,63 @@ def _by_autograd(
     return update if W is None else where.apply(x, W, b, where.groups) + update
 
 
+LANES = 16
+"""Channels that a CPU's convolution computes at once."""
+FEW = 2.5
+"""Outputs, in channels that A costs, below which the weight's gradient is cheaper than two thin convolutions."""
+
+
+def _joins(x: Tensor, W: Tensor, A: Tensor, where: Geometry) -> bool:
+    """Whether one weight is exact enough, and cheaper: there must be more positions than making it costs."""
+    exact = x.device.type == "cpu" and x.dtype == W.dtype and x.dtype in (torch.float32, torch.float64)
+    positions = x.numel() // max(1, x.shape[1]) // math.prod(where.stride)
+    return exact and where.groups == 1 and positions >= LANES * len(A)
+
+
+def _joined(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W + s B A, in W's shape."""
+    return torch.addmm(W.flatten(1), B.flatten(1).to(W.dtype), A.flatten(1).to(W.dtype), alpha=scale).view_as(W)
+
+
+def _joined_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, W, _, A, B, thin, _ = ctx.saved_tensors
+    where, scale, needs = ctx.where, ctx.scale, ctx.needs_input_grad
+    dX, _ = where.grads(grad, x, _joined(W, A, B, scale), 1, (True, False)) if needs[0] else (None, None)
+    whole = needs[1] or (ctx.few and (needs[3] or needs[4]))
+    _, dW = where.grads(grad, x, W, 1, (False, True)) if whole else (None, None)
+    if ctx.few:
+        rows = None if dW is None else dW.flatten(1) * scale
+        dA = (B.flatten(1).to(rows.dtype).T @ rows).view_as(A) if rows is not None and needs[3] else None
+        dB = (rows @ A.flatten(1).to(rows.dtype).T).view_as(B) if rows is not None and needs[4] else None
+    else:
+        inner, dB = where.pointwise().grads(grad, thin, B.to(x.dtype) * scale, 1, (needs[3], needs[4]))
+        dB = None if dB is None else dB.mul_(scale)
+        dA = where.grads(inner, x, A.to(x.dtype), 1, (False, True))[1] if needs[3] else None
+    db = grad.sum([0, *range(2, grad.dim())]) if needs[2] else None
+    factors = (None if found is None else found.to(like.dtype) for found, like in ((dA, A), (dB, B)))
+    return dX, dW if needs[1] else None, db, *factors, None, None, None
+
+
 class _Conv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, W: Tensor | None, b: Tensor | None, A: Tensor, B: Tensor, scale: float, p: float,
         where: Geometry,
     ) -> Tensor:  # fmt: skip
+        ctx.scale, ctx.where = scale / (1 - p), where
+        if W is not None and not p and _joins(x, W, A, where):
+            few = len(W) < FEW * -(-len(A) // LANES) * LANES
+            thin = None if few or not any(ctx.needs_input_grad) else where.apply(x, A.to(x.dtype), None, 1)
+            ctx.save_for_backward(x, W, b, A, B, thin, None)
+            ctx.joined, ctx.few = True, few
+            return where.apply(x, _joined(W, A, B, scale), b, 1)
         drawn = dropping.draw(x, p) if p else None
         thin = where.apply(x if drawn is None else dropping.drop(x, drawn), A.to(x.dtype), None, 1)
         out = where.pointwise().apply(thin, B.to(x.dtype), None, where.groups).mul_(scale / (1 - p))
         if W is not None:
             out = where.apply(x, W, b, where.groups).add_(out)
         ctx.save_for_backward(x, W, b, A, B, thin, drawn)
-        ctx.scale, ctx.where = scale / (1 - p), where
+        ctx.joined = False
         return out
 
     @staticmethod
@@ -130,6 +179,8 @@ class _Conv(torch.autograd.Function):
         if torch.is_grad_enabled():
             out = _by_autograd(x, source, W, b, A, B, ctx.scale, where)
             return *ops.differentiable((out,), (grad,), (x, W, b, A, B), needs[:5]), None, None, None
+        if ctx.joined:
+            return _joined_backward(ctx, grad)
         inner, dB = where.pointwise().grads(grad * ctx.scale, thin, B.to(x.dtype), where.groups, (True, needs[4]))
         dX, dA = where.grads(inner, source, A.to(x.dtype), 1, (needs[0], needs[3]))
         if dX is not None and drawn is not None:

@@ -161,16 +161,44 @@ def test_gradcheck_twice(p: float) -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_only_x_and_the_thin_image_are_kept(layout: torch.memory_format) -> None:
-    model, _ = one(2, torch.float32, kernel_size=3, padding=1)
-    x = torch.randn(2, 4, 20, 20).to(memory_format=layout)
+@pytest.mark.parametrize(
+    ("outputs", "dtype", "kept"), [(6, torch.float32, 0), (64, torch.float32, 4), (6, torch.bfloat16, 2)]
+)
+def test_only_x_and_the_thin_image_are_kept(
+    layout: torch.memory_format, outputs: int, dtype: torch.dtype, kept: int
+) -> None:
+    model = nn.Sequential(nn.Conv2d(4, outputs, 3, padding=1)).to(dtype)
+    fill(attach(model, {"a": LoraSpec(rank=2, targets=["0"])}))
+    x = torch.randn(2, 4, 20, 20).to(dtype, memory_format=layout)
     layer, slot = model[0], slot_of(model)
     with saved_tensors() as saved:
         y = model(x)
     assert any(tensor.data_ptr() == x.data_ptr() for tensor in saved.tensors)
-    assert saved.bytes(x, layer.weight, layer.bias, slot.lora_A, slot.lora_B) == 2 * 2 * 400 * 4
-    assert_close(y, model(x.contiguous()))
+    assert saved.bytes(x, layer.weight, layer.bias, slot.lora_A, slot.lora_B) == 2 * 2 * 400 * kept
+    assert_close(y, model(x.contiguous()), dtype)
     y.sum().backward()
+
+
+@pytest.mark.parametrize("outputs", [6, 64], ids=["few outputs", "many"])
+@pytest.mark.parametrize("trained", ["all", "A", "B", "W"])
+def test_one_weight_for_base_and_update_has_the_gradients_of_the_parts(outputs: int, trained: str) -> None:
+    """On a CPU in float32 and float64 the two are one convolution; whichever gradients are asked for are right."""
+    model = nn.Sequential(nn.Conv2d(4, outputs, 3, stride=2, padding=1)).double()
+    fill(attach(model, {"a": LoraSpec(rank=2, targets=["0"], alpha=3)}))
+    layer, slot = model[0], slot_of(model)
+    x = torch.randn(3, 4, 9, 8, dtype=torch.float64, requires_grad=trained == "all")
+    layer.weight.requires_grad_(trained in ("all", "W"))
+    slot.lora_A.requires_grad_(trained in ("all", "A"))
+    slot.lora_B.requires_grad_(trained in ("all", "B"))
+    update = F.conv2d(F.conv2d(x, slot.lora_A, None, 2, 1), slot.lora_B.view(outputs, 2, 1, 1)) * slot.scale
+    expected = F.conv2d(x, layer.weight, layer.bias, 2, 1) + update
+    y, grad = model(x), torch.randn_like(expected)
+    assert_close(y, expected)
+    wanted = [tensor for tensor in (x, layer.weight, slot.lora_A, slot.lora_B) if tensor.requires_grad]
+    for left, right in zip(
+        torch.autograd.grad(y, wanted, grad), torch.autograd.grad(expected, wanted, grad), strict=True
+    ):
+        assert_close(left, right)
 
 
 def test_dtypes() -> None:
