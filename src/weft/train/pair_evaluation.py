@@ -195,14 +195,14 @@ def _measured(
     if names and pairs.labels:
         features, collate = _featured(processor, recipe, pairs)
         found["zero_shot_accuracy"] = _zero_shot(
-            model, processor, pairs, torch.cat(images), features, collate, names, template
+            model, processor, recipe, pairs, torch.cat(images), features, collate, names, template
         )
     return found
 
 
 def _zero_shot(
-    model: nn.Module, processor: PairProcessor, pairs: Pairs, images: Tensor, features: PairFeatures, collate: PairCollator, names: list[str],
-    template: str,
+    model: nn.Module, processor: PairProcessor, recipe: Recipe, pairs: Pairs, images: Tensor, features: PairFeatures, collate: PairCollator,
+    names: list[str], template: str,
 ) -> float:  # fmt: skip
     """Share of images whose class has the nearest prompt."""
     odd = sorted(set(pairs.labels) - set(names))
@@ -210,15 +210,24 @@ def _zero_shot(
         raise DataError(
             f"{pairs.source}: the label {odd[0]!r} is none of the classes {json.dumps(names, ensure_ascii=False)[:200]}"
         )
+    length = recipe.max_length or 128
+    ids = [
+        list(processor.tokenizer(template.format(name), truncation=True, max_length=length)["input_ids"])
+        for name in names
+    ]
+    if len({tuple(one) for one in ids}) < len(set(names)):
+        raise DataError(
+            f"cut at {length} tokens, prompts of different classes are the same, as {template.format(names[0])!r}; give a shorter template (--template '{{}}')"
+        )
     pixels = features.pixels(0)
     rows = [
         {
-            "input_ids": processor.tokenizer(template.format(name))["input_ids"],
+            "input_ids": one,
             "pixel_values": pixels,
             "labels": 0,
             "image_ids": 0,
         }
-        for name in names
+        for one in ids
     ]
     batch = collate(rows)
     batch.pop("labels")

@@ -55,12 +55,15 @@ class PairProcessor:
 
     Attributes:
         tokenizer: of the text tower. size: side of the images; mean, std: of their channels.
+        fit, resample: how another shape becomes this one, see `weft.data.transforms.ImageTransform`.
     """
 
     tokenizer: Any
     size: int
     mean: tuple[float, ...] = _MEAN
     std: tuple[float, ...] = _STD
+    fit: str = "crop"
+    resample: str = "bilinear"
 
 
 @dataclass(frozen=True)
@@ -250,25 +253,41 @@ def _vision(base: Any, dtype: str | None) -> tuple[nn.Module, Any]:
 
 
 def _processor(settings: PairSettings, tokenizer: Any, images: Any, vision: nn.Module) -> PairProcessor:
+    """How texts and images become inputs: as the base's own image processor has it, where there is one."""
     config: Any = getattr(vision, "config", None)
-    size: Any = (
-        settings.image_size
-        or getattr(images, "crop_size", None)
-        or getattr(images, "size", None)
-        or getattr(config, "image_size", None)
-    )
-    if isinstance(size, Mapping):
-        size = size.get("height") or size.get("shortest_edge")
-    if isinstance(size, list | tuple):
-        size = size[0]
+    crop = getattr(images, "crop_size", None) if getattr(images, "do_center_crop", None) else None
+    own = (crop, getattr(images, "size", None), getattr(config, "image_size", None))
+    size = settings.image_size or next((edge for found in own if (edge := _edge(found))), 224)
     mean = getattr(images, "image_mean", None) or getattr(config, "image_mean", None) or _MEAN
     std = getattr(images, "image_std", None) or getattr(config, "image_std", None) or _STD
-    return PairProcessor(tokenizer, int(size or 224), tuple(mean), tuple(std))
+    stretched = images is not None and crop is None and not _named(getattr(images, "size", None), "shortest_edge")
+    resample = _RESAMPLE.get(int(getattr(images, "resample", None) or 2), "bilinear")
+    return PairProcessor(tokenizer, size, tuple(mean), tuple(std), "stretch" if stretched else "crop", resample)
+
+
+_RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+
+def _named(size: Any, name: str) -> Any:
+    """A number of a size that is a mapping, or an object with attributes."""
+    return size.get(name) if isinstance(size, Mapping) else getattr(size, name, None)
+
+
+def _edge(size: Any) -> int | None:
+    """One side in pixels, of a number, a pair, or a size by names."""
+    if isinstance(size, list | tuple):
+        size = size[0] if size else None
+    if size is None or isinstance(size, int):
+        return size
+    found = _named(size, "height") or _named(size, "shortest_edge")
+    return None if found is None else int(found)
 
 
 def transform_of(processor: PairProcessor, augment: tuple[str, ...] = ()) -> ImageTransform:
     """From images of Pillow to the vision tower's input."""
-    return ImageTransform(processor.size, processor.mean, processor.std, augment)
+    return ImageTransform(
+        processor.size, processor.mean, processor.std, augment, fit=processor.fit, resample=processor.resample
+    )
 
 
 def prepare_pairs(recipe: Recipe, texts: PairTexts, model: nn.Module, processor: PairProcessor) -> PairInputs:
