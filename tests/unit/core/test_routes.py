@@ -347,8 +347,8 @@ def test_assisted_decoding() -> None:
 # gradients
 
 
-def slots_and_batch(**more: Any) -> tuple[nn.Module, Bank, dict[str, Tensor]]:
-    model = tiny_llama(dtype=torch.float64)
+def slots_and_batch(layers: int = 2, **more: Any) -> tuple[nn.Module, Bank, dict[str, Tensor]]:
+    model = tiny_llama(layers=layers, dtype=torch.float64)
     specs = {
         "a": LoraSpec(rank=2),
         "b": LoraSpec(rank=3, alpha=5),
@@ -553,6 +553,18 @@ def test_a_compiled_model_follows_the_route() -> None:
         with torch.no_grad():
             assert_close(compiled(x), model(x))
         bank.use(None)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own look at inputs
+def test_a_compiled_model_learns_under_a_route() -> None:
+    """Gradients of a compiled, mixed batch, with magnitudes and a mixture in it, whose forward is replayed."""
+    model, bank, batch = slots_and_batch(layers=1)
+    expected = mixed_grads(model, bank, batch)
+    checkpoints(model, reentrant=False)
+    torch._dynamo.reset()
+    got = mixed_grads(torch.compile(model, backend="eager"), bank, batch)  # type: ignore[arg-type]
+    for leaf, grad in expected.items():
+        assert_close(got[leaf], grad, what=leaf)
 
 
 # refusals
