@@ -97,7 +97,7 @@ def test_recipes_of_the_examples_are_valid(path: Path) -> None:
 def test_python_of_the_readme_uses_public_names(repository: Path) -> None:
     text = (repository / "README.md").read_text(encoding="utf-8")
     code = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(code) == 4
+    assert len(code) == 5
     for block in code:
         compile(block, "README.md", "exec")
         assert set(re.findall(r"\bweft\.(\w+)", re.sub(r"#.*", "", block))) <= set(weft.__all__)
