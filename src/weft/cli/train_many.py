@@ -125,15 +125,14 @@ def _say_next(runs: Any, quiet: bool) -> None:
     """What to type now."""
     if not runs:
         return
-    winner = runs.path / "winner.yaml"
-    if winner.is_file():
-        show.remark(
-            f"next:    {show.command('weft', 'train', '--recipe', str(winner))} --data FILE --out runs/NAME", quiet
-        )
-        return
     first = runs.path / next(row["folder"] for row in runs.report.rows if row["status"] != "failed")
     origin = runs[next(iter(runs))].adapter.provenance.base
     from weft.models.source import EMBEDDED
 
     base = () if origin is None or origin.name in (None, EMBEDDED) else ("--base", origin.name)
+    winner = runs.path / "winner.yaml"
+    if winner.is_file():
+        begin = show.command("weft", "train", *base, "--recipe", str(winner))
+        show.remark(f"next:    {begin} --data FILE --eval FILE --out runs/NAME", quiet)
+        return
     show.remark(f"next:    {show.command('weft', 'generate', *base, '--adapter', str(first))} PROMPT", quiet)

@@ -68,8 +68,9 @@ def test_a_finished_run_is_resumed_to_itself(many: Path) -> None:
 def test_a_sweep_and_its_winner(world: World, tmp_path: Path) -> None:
     sweep = "--sweep rank=1,2 --sweep learning_rate=1e-6,2e-2 --eval 0.3"
     done = weft(
-        f"train-many --base {world.base} --data {world.train} {sweep} --set max_steps=4 --set eval_every=2 --out {tmp_path / 'sweep'} --quiet"
+        f"train-many --base {world.base} --data {world.train} {sweep} --set max_steps=4 --set eval_every=2 --out {tmp_path / 'sweep'}"
     )
+    assert f"next:    weft train --base {world.base} --recipe {tmp_path / 'sweep' / 'winner.yaml'} --data" in done.err
     assert "learning_rate: 0.02 is best in" in done.out
     recipe = tmp_path / "sweep" / "winner.yaml"
     assert "learning_rate: 0.02" in recipe.read_text()
