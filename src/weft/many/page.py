@@ -34,7 +34,7 @@ h1 { font-size: 1.5rem; margin: 0 0 .25rem; } p { color: var(--soft); margin: .1
 th, td { padding: .35rem .45rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: middle; white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--paper); font-weight: 600; } th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--good); }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
-td.number, th.number { text-align: right; } td.name { max-width: 13rem; overflow: hidden; text-overflow: ellipsis; } td.remarks { white-space: normal; min-width: 22rem; color: var(--soft); }
+td.number, th.number { text-align: right; } td.name { max-width: 13rem; overflow: hidden; text-overflow: ellipsis; } td.remarks { white-space: normal; min-width: 15rem; color: var(--soft); }
 tr.failed td { background: var(--mark); } tr.failed .state { color: var(--bad); font-weight: 600; } .good { color: var(--good); } .bad { color: var(--bad); }
 pre { overflow-x: auto; } a { color: inherit; } svg { display: block; } input { font: inherit; padding: .3rem .5rem; margin-top: 1rem; width: 16rem; }
 """

@@ -52,11 +52,15 @@ class SweepReport(ManyReport):
 
     def text(self, limit: int = 20) -> str:
         """The table, and what wins."""
-        lines = [self.headline()]
-        lines += [f"FAILED  {row['name']}: {row['reason']}" for row in self.failed]
+        failed = [f"FAILED  {row['name']}: {row['reason']}" for row in self.failed]
+        return "\n".join([self.headline(), *failed, "", self.ranking(limit), *(f"note: {note}" for note in self.notes)])
+
+    def ranking(self, limit: int = 20) -> str:
+        """The combinations, best first, and which value of each field wins."""
+        lines: list[str] = []
         if self.table:
             width = max(len(label(row["settings"])) for row in self.table[:limit])
-            lines += ["", f"{'':{width}}  {'loss':>8}  {'9 of 10 resamples':>19}  {'best in':>7}  {'steps':>6}"]
+            lines += [f"{'':{width}}  {'loss':>8}  {'9 of 10 resamples':>19}  {'best in':>7}  {'steps':>6}"]
         for row in self.table[:limit]:
             state = (
                 ""
@@ -72,7 +76,7 @@ class SweepReport(ManyReport):
         for name, shares in (self.by_field or {}).items():
             best = max(shares, key=lambda value: shares[value])
             lines.append(f"{name}: {best} is best in {shares[best]:.0%} of resamples of the evaluation rows")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join(lines)
 
 
 class SweepRuns(Runs):
@@ -219,7 +223,7 @@ def _write(path: Path, report: SweepReport, rows: Mapping[str, Mapping[str, Any]
     )
     if report.winner is not None:
         shutil.copyfile(path / str(rows[report.winner]["folder"]) / "recipe.yaml", path / "winner.yaml")
-    write_beside(path / "report.html", page(report, path.name, picture, report.text()))
+    write_beside(path / "report.html", page(report, path.name, picture, report.ranking()))
 
 
 def _table(
