@@ -27,7 +27,7 @@ MAX_HEADER_BYTES = 100_000_000
 WORKERS = 2
 """Threads that hash; hashing lets others run meanwhile."""
 
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 
 
 def is_hash(text: object) -> bool:

@@ -43,6 +43,9 @@ __all__ = [
 MAX_TENSORS = 500_000
 MAX_DIMENSIONS = 8
 
+_PIECE = 1 << 18
+"""Bytes that are written with one call: from a megabyte on Linux looks for large pages, which can take ten times the writing."""
+
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
     "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
@@ -425,4 +428,4 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _write_all(file: io.FileIO, part: memoryview) -> None:
     while part.nbytes:
-        part = part[file.write(part) :]
+        part = part[file.write(part[:_PIECE]) :]

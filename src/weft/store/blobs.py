@@ -171,6 +171,7 @@ class LocalBlobs(Blobs):
     def __init__(self, root: Path) -> None:
         self.root = root
         self.shown = str(root)
+        self._lasting: set[str] = set()
 
     @contextlib.contextmanager
     def stage(self) -> Iterator[Path]:
@@ -188,12 +189,13 @@ class LocalBlobs(Blobs):
         """See `Blobs.install`."""
         place = self._place(address)
         with self._problems():
-            flush_tree(staged)  # before it has its name: a blob is whole from its first moment on
             place.parent.mkdir(parents=True, exist_ok=True)
+            flush_tree(staged, *self._above(place))  # before it has its name: a blob is whole from its first moment on
+            self._lasting.add(place.parent.name)
             for _ in range(100):
                 try:
                     os.rename(staged, place)
-                    self._flush_above(place)
+                    flush(place.parent)
                     return
                 except OSError as problem:
                     if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST):
@@ -201,7 +203,7 @@ class LocalBlobs(Blobs):
                 if self.holds(address, files) or (known and self.holds(address, known)):
                     for path in staged.glob("provenance/*"):
                         self.add(address, f"provenance/{path.name}", path.read_bytes())
-                    self._flush_above(place)  # whoever made it may be about to
+                    flush(place.parent)  # whoever made it may be about to
                     return
                 with contextlib.suppress(FileNotFoundError):
                     self._throw_away(place)
@@ -296,9 +298,9 @@ class LocalBlobs(Blobs):
     def _place(self, address: str) -> Path:
         return self.root / "blobs" / checked_address(address)[:2] / address
 
-    def _flush_above(self, place: Path) -> None:
-        flush(place.parent)
-        flush(place.parent.parent)
+    def _above(self, place: Path) -> tuple[Path, ...]:
+        """What has to be flushed so that a blob's shelf stays; whoever made the shelf may not have done it yet."""
+        return () if place.parent.name in self._lasting else (place.parent.parent,)
 
     def _throw_away(self, place: Path) -> None:
         with self.stage() as folder:
