@@ -1,6 +1,6 @@
 """`make results`: train and evaluate on real weights, and write docs/results.md.
 
-Call it as ``python -m benchmarks.results [e2e] [sst2] [cifar] [medical] [shakespeare] [users] [thousand] [cotraining] [mixing] [towers] [ranks] [growth] [plan]``; without names all are run. Each part keeps its figures in
+Call it as ``python -m benchmarks.results [e2e] [sst2] [cifar] [medical] [shakespeare] [users] [thousand] [cotraining] [mixing] [towers] [ranks] [growth] [store] [plan]``; without names all are run. Each part keeps its figures in
 docs/results/NAME.json, and the page is written anew from all that are there.
 """
 
@@ -23,6 +23,7 @@ from benchmarks.results import (
     ranks,
     shakespeare,
     sst2,
+    store,
     thousand,
     towers,
     users,
@@ -43,6 +44,7 @@ PARTS = {
     "towers": towers.measure,
     "ranks": ranks.measure,
     "growth": growth.measure,
+    "store": store.measure,
     "plan": plan.measure,
     "plan-resident": plan.measure_resident,
     "plan-gpu": plan.measure_on_gpu,
