@@ -11,7 +11,7 @@ from weft.errors import TargetError, did_you_mean
 from weft.models.targets import DEFAULT_TARGETS
 from weft.spec import LoraSpec
 
-__all__ = ["spread_spec", "usual_sites"]
+__all__ = ["sites_of_images", "spread_spec", "usual_sites"]
 
 
 def usual_sites(tower: nn.Module) -> str | tuple[str, ...]:
@@ -21,6 +21,15 @@ def usual_sites(tower: nn.Module) -> str | tuple[str, ...]:
         return "default"
     convs = [path for path, module in tower.named_modules() if isinstance(module, nn.Conv2d) and module.groups == 1]
     return tuple(convs[1:]) if len(convs) > 2 else "all-linear"
+
+
+def sites_of_images(model: nn.Module, spec: LoraSpec) -> LoraSpec:
+    """``"all-linear"`` on a network of convolutions, whose only linear layer is the classifier, means its usual sites."""
+    if spec.towers or spec.targets != "all-linear":
+        return spec
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    convs = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    return spec.replace(targets=usual_sites(model)) if len(linear) <= 1 < convs else spec
 
 
 def spread_spec(

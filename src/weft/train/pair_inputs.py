@@ -223,6 +223,12 @@ def open_towers(recipe: Recipe, base: Any, classes: int | None, dtype: str | Non
         else load_base(base["text_model"], task="encoder", dtype=dtype)
     )
     vision, images = _vision(base["vision_model"], dtype)
+    for name, model, wanted in (("text_model", text, "input_ids"), ("vision_model", vision, "pixel_values")):
+        takes = getattr(model, "main_input_name", wanted)
+        if takes != wanted and hasattr(model, "config"):
+            raise BaseError(
+                f"{name}: a {type(model).__name__} reads {takes}, and this tower has to read {wanted}; are the two towers in each other's place?"
+            )
     if tokenizer is None:
         raise BaseError(f"{base['text_model']}: no tokenizer; a text tower needs one")
     frozen = tuple(name for name, tower in settings.towers.items() if tower.frozen)

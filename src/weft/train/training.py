@@ -27,6 +27,7 @@ from weft.errors import RecipeError, RunError, RunStoppedError, UnsupportedError
 from weft.identity import Fingerprint, fingerprint
 from weft.models.attach import attach
 from weft.models.targets import in_parts, resolve_default
+from weft.models.towers import sites_of_images
 from weft.spec import LoraSpec
 from weft.train import checkpoints
 from weft.train.adaptive import Adaptive, check_spec
@@ -227,6 +228,8 @@ def _train_pairs(call: _Call, job: _Job) -> Run:
 def _spec_of(spec: LoraSpec, recipe: Recipe, model: nn.Module, kind: str) -> LoraSpec:
     """The spec with a classification's head in it, or with the sites of the parts of a model that sees."""
     settings = recipe.vision or VisionSettings()
+    if kind == "classify-images":
+        spec = sites_of_images(model, spec)
     if kind in CLASSIFYING and settings.head == "train":
         return with_head(spec, model)
     if kind == "image-text":

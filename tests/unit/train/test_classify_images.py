@@ -93,6 +93,14 @@ def test_a_plain_cnn_is_trained_and_its_statistics_stay(plain, images, tmp_path)
     assert found.count == 24
 
 
+@pytest.mark.parametrize("make", [None, resnet])
+def test_all_linear_of_a_network_of_convolutions_is_its_usual_sites(make, plain, images, tmp_path):
+    base = plain if make is None else make(tmp_path / "base")
+    run = train(base, images, tmp_path / "run", max_steps=1, eval_every=None, targets="all-linear")
+    assert run.adapter.factors
+    assert all("conv" in path for path in run.adapter.factors)
+
+
 def test_the_head_can_stay(plain, images, tmp_path):
     run = train(plain, images, tmp_path / "run", max_steps=1, vision={"head": "keep"})
     assert not run.adapter.modules

@@ -169,6 +169,11 @@ def test_what_cant_be_is_refused_before_anything_starts(tmp_path: Path) -> None:
         Recipe(two_tower={"dim": 3})
     assert RECIPE.set(["two_tower.text_model.learning_rate=3e-4"]).two_tower.text_model.learning_rate == 3e-4  # type: ignore[union-attr]
     assert not (tmp_path / "a").exists()
+    text = weft.load_base(None, task="encoder")
+    with pytest.raises(BaseError, match="each other's place"):
+        weft.train(
+            base={"text_model": text, "vision_model": (text[0], None)}, data=rows(4), recipe=RECIPE, out=tmp_path / "c"
+        )
 
 
 def test_odd_images_are_counted_and_what_does_not_fit_is_decoded_again(tmp_path: Path) -> None:
