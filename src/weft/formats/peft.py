@@ -343,12 +343,14 @@ def writers(
     for_peft: bool = True,
     leaf_names: bool = False,
     where: Path | None = None,
+    flushed: bool = True,
 ) -> dict[str, Writer]:
     """A function for each file of a directory, those of tensors first: see `write`.
 
     Args:
         hashes: stays open until all were called.
         where: the directory, for messages.
+        flushed: tensor files are on the disk when they are written; False: whoever asked flushes them.
 
     Raises:
         UnsupportedError, NotFiniteError: as `write`.
@@ -369,19 +371,22 @@ def writers(
         tensors = {WEIGHTS[0]: dict(packed.tensors)}
     if adapter.proof:
         tensors[PROOF] = dict(adapter.proof)
-    return _writers(
-        adapter, {name: TensorBytes(part, hashes=hashes) for name, part in tensors.items()}, settings, hashes
-    )
+    made = {name: TensorBytes(part, hashes=hashes) for name, part in tensors.items()}
+    return _writers(adapter, made, settings, hashes, flushed)
 
 
 def _writers(
-    adapter: Adapter, made: Mapping[str, TensorBytes], settings: dict[str, Any] | None, hashes: TensorHashes
+    adapter: Adapter,
+    made: Mapping[str, TensorBytes],
+    settings: dict[str, Any] | None,
+    hashes: TensorHashes,
+    flushed: bool,
 ) -> dict[str, Writer]:
     """One function a file; the record knows the hashes of the others."""
 
     def weights(part: TensorBytes) -> Writer:
         def writer(path: Path) -> str:
-            part.write(path)
+            part.write(path, flushed)
             return part.hash
 
         return writer

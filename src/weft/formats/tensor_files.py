@@ -401,8 +401,8 @@ class TensorBytes:
         """Of the file, see `weft.hashes`; waits until it is known."""
         return of_tensors(self._head, [part.result() for part in self._hashes])
 
-    def write(self, path: Path) -> None:
-        """Write it, onto the disk. It is hashed while the disk is busy.
+    def write(self, path: Path, flushed: bool = True) -> None:
+        """Write it, onto the disk if it isn't to be flushed later, with others. It is hashed meanwhile.
 
         Raises:
             OSError: the disk is full, or the file can't be written.
@@ -411,7 +411,8 @@ class TensorBytes:
             _write_all(file, memoryview(self._head))
             for tensor in self._tensors:
                 _write_all(file, _bytes(tensor.cpu().contiguous()))
-            os.fsync(file.fileno())
+            if flushed:
+                os.fsync(file.fileno())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:

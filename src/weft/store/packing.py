@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from weft.adapter import Adapter, Provenance
-from weft.durable import flush
 from weft.errors import DamagedError, FormatError, StoreError, UnsupportedError
 from weft.formats import peft
 from weft.formats.checks import parse_object
@@ -30,8 +29,6 @@ __all__ = ["address_of", "draft_of", "has_digest", "pack", "pack_provenance", "u
 
 
 _TENSORS = ".safetensors"
-_TOGETHER = 6
-"""Files that are written or flushed at once."""
 
 
 def address_of(adapter: Adapter) -> str:
@@ -45,7 +42,7 @@ def has_digest(adapter: Adapter) -> bool:
 
 
 def pack(adapter: Adapter, folder: Path, name: str, provenance: bytes) -> dict[str, FileFacts]:
-    """Write an adapter into a directory that nobody sees yet; gives its files. All of them are on the disk then.
+    """Write an adapter into a directory that nobody sees yet; gives its files. Whoever wants them to last flushes them.
 
     A provenance stands beside under its name. What PEFT's files can't hold is written in the layout that weft alone reads. Each tensor is hashed once, for the
     digest and for its file, while the disk is busy.
@@ -59,7 +56,7 @@ def pack(adapter: Adapter, folder: Path, name: str, provenance: bytes) -> dict[s
         provenance=Provenance(base=base, base_name=adapter.provenance.base_name if base is None else None)
     )
     try:
-        with TensorHashes() as hashes, ThreadPoolExecutor(_TOGETHER, "weft-write") as pool:
+        with TensorHashes() as hashes, ThreadPoolExecutor(1, "weft-write") as pool:
             files = _writers(shared, hashes)
             large = {
                 file: pool.submit(write, folder / file) for file, write in files.items() if file.endswith(_TENSORS)
@@ -68,8 +65,6 @@ def pack(adapter: Adapter, folder: Path, name: str, provenance: bytes) -> dict[s
             (folder / name).write_bytes(provenance)
             shared.__dict__["digest"] = adapter.digest_with(hashes)  # it counts nothing else of the provenance
             found = {file: write(folder / file) for file, write in files.items() if file not in large}
-            for small in [pool.submit(flush, folder / file) for file in (name, *found)]:
-                small.result()  # on their way together with the large ones
             found |= {file: done.result() for file, done in large.items()}
             return {
                 file: FileFacts((folder / file).stat().st_size, known or sha256_of(folder / file))
@@ -81,9 +76,9 @@ def pack(adapter: Adapter, folder: Path, name: str, provenance: bytes) -> dict[s
 
 def _writers(adapter: Adapter, hashes: TensorHashes) -> dict[str, peft.Writer]:
     try:
-        return peft.writers(adapter, hashes)
+        return peft.writers(adapter, hashes, flushed=False)
     except UnsupportedError:
-        return peft.writers(adapter, hashes, for_peft=False)
+        return peft.writers(adapter, hashes, for_peft=False, flushed=False)
 
 
 def unpack(folder: Path, digest: str, provenance: Provenance, files: Files | None = None) -> Adapter:
