@@ -100,7 +100,7 @@ def test_a_full_disk_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     old = simple()
     write(old, tmp_path / "a")
 
-    def full(_: object, path: Path) -> None:
+    def full(_: object, path: Path, *more: object) -> None:
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device", str(path))
 
