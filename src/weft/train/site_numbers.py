@@ -97,7 +97,8 @@ def weight_norms(slots: Slots) -> dict[str, float]:
         except ShapeError:
             if site.groups == 1:
                 continue
-        found[path] = float(f"{float(torch.linalg.vector_norm(weight, dtype=torch.float32)):.6g}")
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        found[path] = float(f"{float(torch.linalg.vector_norm(weight, dtype=wide)):.6g}")
     return found
 
 
