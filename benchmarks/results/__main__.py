@@ -1,6 +1,6 @@
 """`make results`: train and evaluate on real weights, and write docs/results.md.
 
-Call it as ``python -m benchmarks.results [e2e] [sst2] [cifar] [medical] [shakespeare] [users] [thousand] [cotraining] [mixing] [towers] [ranks] [growth] [store] [plan]``; without names all are run. Each part keeps its figures in
+Call it as ``python -m benchmarks.results [e2e] [sst2] [cifar] [medical] [shakespeare] [users] [thousand] [cotraining] [mixing] [towers] [ranks] [growth] [store] [plan] [alarms]``; without names all are run. Each part keeps its figures in
 docs/results/NAME.json, and the page is written anew from all that are there.
 """
 
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.results import (
+    alarms,
     cifar,
     cotraining,
     e2e,
@@ -46,6 +47,7 @@ PARTS = {
     "growth": growth.measure,
     "store": store.measure,
     "plan": plan.measure,
+    "alarms": alarms.measure,
     "plan-resident": plan.measure_resident,
     "plan-gpu": plan.measure_on_gpu,
 }

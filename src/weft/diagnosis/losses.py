@@ -17,6 +17,9 @@ WINDOW = 12
 FAR = 6.0
 """Standard deviations (of a line's loss around its own recent median) that no healthy line is above."""
 IN_A_ROW = 3
+LOST = 1.5
+"""Times the loss at the start (the base's, where it was measured), above which nothing that was known is left. A run that was rough from the
+beginning has too wide a distribution for the first limit."""
 
 LOWER = "lower learning_rate (half of it), give it a longer warm-up (warmup_ratio=0.1), or lower clip; don't raise clip"
 
@@ -30,7 +33,7 @@ def explosion(record: Record) -> Sign | None:
         return None
     at, limit, usual = begun
     after = [value for _, value in lines[at:]]
-    back = median(after[-IN_A_ROW:]) <= limit and len(after) > IN_A_ROW
+    back = median(after[-IN_A_ROW:]) <= usual + 0.25 * (limit - usual) and len(after) > IN_A_ROW
     step = lines[at][0]
     norms = [value for where, value in record.column("grad_norm_high") if where >= step] or [0.0]
     rate = next((value for where, value in record.column("learning_rate") if where >= step), 0.0)
@@ -57,20 +60,19 @@ def _departure(lines: Sequence[tuple[int, float]], base: float | None) -> tuple[
         return None
     start = max(base or 0.0, *values[:2])
     known: list[float] = []
-    run = 0
-    limit = usual = 0.0
+    far = above = 0
     for index, value in enumerate(values):
-        if len(known) >= FEWEST:
-            recent = known[-WINDOW:]
-            usual = median(recent)
-            limit = usual + FAR * max(spread(recent), noise(recent), 0.03 * usual, 0.01 * start)
-        else:
-            usual, limit = start, 1.5 * start
-        high = value > limit
-        run = run + 1 if high else 0
-        if run >= IN_A_ROW:
-            return index - run + 1, limit, usual
-        if not high:
+        recent = known[-WINDOW:]
+        usual = median(recent) if len(known) >= FEWEST else start
+        reach = max(spread(recent), noise(recent), 0.03 * usual, 0.01 * start)
+        limit = usual + FAR * reach if len(known) >= FEWEST else LOST * start
+        far = far + 1 if value > limit else 0
+        above = above + 1 if value > LOST * start else 0
+        if far >= IN_A_ROW:
+            return index - far + 1, limit, usual
+        if above >= (IN_A_ROW if base is not None else 2 * IN_A_ROW):
+            return index - above + 1, LOST * start, start
+        if value <= limit:
             known.append(value)
     return None
 
@@ -137,8 +139,8 @@ def stagnation(record: Record) -> Sign | None:
     before = record.base_loss if record.base_loss is not None else (evaluated[0][1] if len(evaluated) > 2 else None)
     won = None if before is None or not evaluated else before - min(value for _, value in evaluated)
     if won is not None and before is not None:
-        if won > 0.003 * before:
-            return None
+        if won > 0.003 * before or won < -0.02 * before:
+            return None  # it learns; or it gets worse, which other rules see
     elif gain > 2 * wobble / part**0.5 or gain > 0.02 * first:
         return None
     if median(values[-part:]) > first + 3 * wobble:
@@ -217,18 +219,18 @@ def overfitting(record: Record) -> Sign | None:
     step, lowest = found[best]
     if len(after) < 2 or falls([lowest, *after]) > 0.3:
         return None
-    rise = (after[-1] - lowest) / max(lowest, 1e-9)
+    base = record.base_loss
+    rise = (after[-1] - lowest) / max(lowest, (base or 0.0) - lowest, 1e-9)
     lines = record.column("loss")
     then = [value for where, value in lines if where <= step][-8:]
     now = [value for _, value in lines][-8:]
     if rise < 0.02 or not then or not now or median(now) > median(then):
         return None
     kept = bool(record.fact("best"))
-    base = record.base_loss
     lost = not kept and base is not None and after[-1] > base
     severity = "high" if lost else "medium" if rise > 0.1 and (not kept or rise > 0.3) else "low"
     evidence = (
-        f"Since step {step} the evaluation loss rose from {lowest:.4g} to {after[-1]:.4g} (+{rise:.0%}), while the training loss fell from "
+        f"Since step {step} the evaluation loss rose from {lowest:.4g} to {after[-1]:.4g}, while the training loss fell from "
         f"{median(then):.3g} to {median(now):.3g}."
     )
     advice = (

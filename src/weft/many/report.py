@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from weft.diagnosis import Record, examine
 from weft.errors import RunError, did_you_mean
 from weft.many.folder import ManyFolder
 from weft.many.member import Member
@@ -163,7 +164,7 @@ def row_of(
         "adapter": metrics, "best_step": member.best.step if member.best is not None and member.schedule.best else None,
         "rank": spec.rank, "learning_rate": member.schedule.learning_rate, "metric": member.schedule.metric, "curve": curve_of(log), "seconds": course.seconds,
     }  # fmt: skip
-    row["warnings"] = _warnings(member, metrics)
+    row["warnings"] = [*_warnings(member, metrics), *_findings(member, log)]
     return row
 
 
@@ -197,6 +198,21 @@ def _warnings(member: Member, metrics: Mapping[str, float]) -> list[str]:
     if course.first_loss is not None and course.last_loss is not None and course.last_loss > course.first_loss:
         found.append("the training loss rose")
     return found
+
+
+def _findings(member: Member, log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the rules of `weft doctor` say that is not said already."""
+    schedule = member.schedule
+    facts = {
+        "steps": schedule.steps,
+        "warmup_steps": schedule.warmup_steps,
+        "learning_rate": schedule.learning_rate,
+        "best": schedule.best,
+    }
+    found = examine(Record(tuple(log), facts, ended=True))
+    return [
+        f"{item.rule}: {item.evidence}" for item in found if item.severity != "low" and item.rule != "worse-than-base"
+    ]
 
 
 def _number(value: float | None) -> str:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from weft.diagnosis import RULES, Finding
+from weft.errors import RecipeError
 from weft.train import checkpoints
 from weft.train.recipe import ON_TROUBLE
 from weft.train.run import Folder, plain_json, write_beside
 from weft.train.watching import Watch, said
 
-__all__ = ["MOST", "GoBack", "RunWatch", "factor_of", "go_back"]
+__all__ = ["MOST", "GoBack", "RunWatch", "check_answer", "factor_of", "go_back"]
 
 MOST = 3
 """How often a run goes back. A rate that is an eighth of what was asked for, and still fails, is not what is wrong."""
@@ -37,6 +38,19 @@ class GoBack(Exception):
     def __init__(self, finding: Finding, checkpoint: Path) -> None:
         super().__init__(str(finding))
         self.finding, self.checkpoint = finding, checkpoint
+
+
+def check_answer(on_trouble: str, processes: int) -> None:
+    """A run that goes back makes its trainer anew, which several processes can't do together.
+
+    Raises:
+        RecipeError: it is asked for, and there are several.
+    """
+    if on_trouble == "act" and processes > 1:
+        raise RecipeError(
+            f"on_trouble='act' is for one process, and here are {processes}; set on_trouble=say, and where a run goes wrong, train again "
+            "from its last checkpoint with a lower learning_rate"
+        )
 
 
 def factor_of(folder: Folder) -> float:

@@ -76,10 +76,10 @@ class Seen:
     def place(self, what: str, slots: Slots) -> Place:
         """The first module; a site where it is one, or holds one."""
         if not self.first:
-            return Place(what, None, "and every module's output is finite: it is in the loss itself")
+            return Place(what, None, "every module's output is finite: it is in the loss itself")
         path = self.first[0]
         site = path if path in slots else None
-        return Place(what, site, f"and first the output of {path} is not finite")
+        return Place(what, site, f"the output of {path} was the first that is not finite")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ into the model. Shapes: n blocks of a site (experts, groups), r rank, i columns,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -147,10 +148,14 @@ def _gram(rows: Tensor) -> Tensor:
 
 
 def _singular_values(inner: Tensor, outer: Tensor) -> Tensor:
-    """(s, n, r) singular values of BA from A Aᵀ and Bᵀ B: those under a 3000th of the largest are rounding."""
-    values, vectors = torch.linalg.eigh(inner)
+    """(s, n, r) singular values of BA from A Aᵀ and Bᵀ B: those under a 3000th of the largest are rounding; NaN where a factor is."""
+    finite = (torch.isfinite(inner).all(-1) & torch.isfinite(outer).all(-1)).all(-1)[..., None, None]
+    values, vectors = torch.linalg.eigh(torch.where(finite, inner, 0.0))
     half = vectors * values.clamp_min(0).sqrt()[..., None, :]
-    return torch.linalg.eigvalsh(half.mT @ outer @ half).clamp_min(0).sqrt()
+    product = half.mT @ torch.where(finite, outer, 0.0) @ half
+    finite = finite & torch.isfinite(product).flatten(-2).all(-1)[..., None, None]
+    found = torch.linalg.eigvalsh(torch.where(finite, product, 0.0)).clamp_min(0).sqrt()
+    return torch.where(finite[..., 0], found, math.nan)
 
 
 def _effective(values: Tensor) -> Tensor:

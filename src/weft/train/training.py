@@ -31,6 +31,7 @@ from weft.models.towers import sites_of_images
 from weft.spec import LoraSpec
 from weft.train import checkpoints
 from weft.train.adaptive import Adaptive, check_spec
+from weft.train.answering import check_answer
 from weft.train.ends import unlearned_end
 from weft.train.facts import facts_for
 from weft.train.general import general_text
@@ -254,10 +255,12 @@ def _train(call: _Call, job: _Job, texts: Texts | PairTexts, model: nn.Module, t
         spec = _spec_of(job.spec, recipe, model, inputs.train.kind)
     if recipe.adaptive is not None:
         check_spec(recipe.adaptive, spec)
+    check_answer(recipe.on_trouble, process_count())
     schedule = settle(recipe, facts_of(inputs, model, recipe, spec))
     general = general_text(recipe, model, tokenizer, inputs.train.kind)
     batches = inputs.first_batches(recipe) if any(own.init in ("eva", "lora_ga") for own in spec.everywhere()) else None
-    recipe = recipe.replace(spec=spec, kind=texts.kind, max_length=inputs.max_length or recipe.max_length)
+    most = inputs.max_length or recipe.max_length
+    recipe = recipe.replace(spec=spec, kind=texts.kind, max_length=most, general=name_of(recipe.general))
     low = recipe.freeze_below
     adapted = above(model, spec, low)
     stored = _quantised(job, recipe, model, adapted)
