@@ -153,7 +153,8 @@ def test_padding_and_waiting(tmp_path: Path, skilled: tuple[nn.Module, Any], mon
 def test_no_rule_is_left_out() -> None:
     """Every rule is met in this file on a run that has the fault."""
     text = Path(__file__).read_text()
-    assert [name for name in RULES if name not in text] == []
+    towers = (Path(__file__).parent / "test_towers.py").read_text()
+    assert [name for name in RULES if name not in text + towers] == []
 
 
 def test_live_and_afterwards_are_the_same(spoilt: Spoilt) -> None:
