@@ -244,7 +244,9 @@ def check_finite(name: str, tensor: Tensor, path: Path) -> None:
     Raises:
         NotFiniteFileError: names the tensor.
     """
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):  # a sum costs a tenth of looking at each
+        return
+    if not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NotFiniteFileError(
             f"{bad:,} of {tensor.numel():,} values are NaN or infinite: the training that wrote it diverged, or the file is damaged; "
