@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import secrets
@@ -34,6 +35,21 @@ settings.register_profile("weft", deadline=None, max_examples=50, print_blob=Tru
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "weft"))
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def _unsynced(fd: int) -> None:
+    """Stands for ``os.fsync``: no test pulls the plug, and a flush costs milliseconds where a test writes hundreds of files."""
+    os.fstat(fd)  # a closed file is still an error
+
+
+if os.environ.get("WEFT_TEST_FSYNC") != "1":
+    os.fsync = _unsynced
+
+
+def pytest_collection_finish() -> None:
+    """What the imports left is not garbage: accelerate collects after every training, over a million objects of the libraries."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ in float64, where agreement is to ten digits, and once more in float32. Files in
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -276,9 +277,9 @@ def test_every_implementation_of_experts(how: str) -> None:
     compare_gradients(bank, found, "steps")
 
 
-def test_a_bfloat16_base_with_float32_factors() -> None:
-    """PEFT's default for low precision; compared with float64, weft is at least as near as PEFT."""
-    exact_model, exact_bank, _, _ = twins("llama", torch.float64)
+def bfloat16_errors(size: float) -> list[float]:
+    """Errors of the logits of weft and of PEFT, bfloat16 base and float32 factors of the given size, over float64."""
+    exact_model, exact_bank, _, _ = twins("llama", torch.float64, size)
     adapter = exact_bank.adapter("a")
     batch = batch_for(exact_model)
     with torch.no_grad():
@@ -293,8 +294,19 @@ def test_a_bfloat16_base_with_float32_factors() -> None:
         for key, pair in pairs(wrapped):
             pair.theirs.copy_(dict(bank.named_parameters("a"))[key])
         ours, theirs = model(**batch).logits.double(), wrapped(**batch).logits.double()
-    errors = [float((side - exact).norm() / exact.norm()) for side in (ours, theirs)]
-    assert errors[0] < 1.25 * errors[1] + 1e-3
+    return [float((side - exact).norm() / exact.norm()) for side in (ours, theirs)]
+
+
+@pytest.mark.parametrize(("size", "limit"), [(0.07, 1.08), (0.2, 1.25)])
+def test_a_bfloat16_base_with_float32_factors(size: float, limit: float) -> None:
+    """PEFT's default for low precision. Roundings are luck, and logits of one model go wrong together, so it is the mean of ten models.
+
+    Updates below the base's product, as training makes them: as near to float64 as PEFT (0.99 of its error over 30 models, 5 % from
+    one to the next). Updates as large as the base's product: 1.06 (10 % from one to the next), since weft's thin products are in
+    bfloat16 where PEFT casts x to float32.
+    """
+    ratios = [math.log(ours / theirs) for ours, theirs in (bfloat16_errors(size) for _ in range(10))]
+    assert math.exp(sum(ratios) / len(ratios)) < limit
 
 
 def test_dropout_is_the_same_in_distribution() -> None:

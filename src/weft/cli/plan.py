@@ -74,7 +74,7 @@ def plan(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what a training takes: memory by part, computing, what each measure saves; nothing is allocated."""
+    """Say what a training takes, and which measures make it fit."""
     from weft import Recipe
     from weft import plan as make_plan
 

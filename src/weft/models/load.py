@@ -37,6 +37,10 @@ TASKS = {
 }
 """What a base can be loaded for, and the class of transformers that does it."""
 
+_ENCODER_DECODER = (
+    ". weft train makes decoders and classifiers; an encoder-decoder is trained by a loop of your own or transformers'"
+    " Seq2SeqTrainer, after load_base(…, task='seq2seq') and weft.attach; merge, convert, inspect and the store know its adapters"
+)
 _TEXT = ("causal-lm", "classification", "seq2seq", "masked-lm")
 _LABELLED = ("classification", "image-classification")
 _HEAD_SEED = 0
@@ -202,8 +206,9 @@ def _model_class(transformers: Any, source: Source, config: Any, task: str) -> A
             for name, cls in TASKS.items()
             if name != "auto" and type(config) in getattr(transformers, cls)._model_mapping
         ]
+        hint = _ENCODER_DECODER if task == "causal-lm" and "seq2seq" in able else ""
         raise BaseError(
-            f"{source.name}: a {config.model_type} model can't be loaded for {task!r}; it can for {some_names(able)}"
+            f"{source.name}: a {config.model_type} model can't be loaded for {task!r}; it can for {some_names(able)}{hint}"
         )
     return auto
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.models import ARCHITECTURES, batch_for, tiny_llama
+from tests.processes import in_two_processes, leave, meet
 from tests.tolerances import assert_close
 from tests.unit.core.support import State, checkpoints, fill, grads_of, outputs_of
 from weft.core import ops
@@ -330,9 +330,7 @@ def test_inductor() -> None:
 
 
 def _work(rank: int, folder: str, features: dict[str, Any]) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    meet(rank, folder)
     torch.manual_seed(0)
     model = Zoo()
     bank = attach(model, {"a": LoraSpec(**({"rank": 2} | ZOO | features))}, seed=1)
@@ -357,7 +355,7 @@ def _work(rank: int, folder: str, features: dict[str, Any]) -> None:
             alone(ids).square().mean().backward()
             optimizer.step()
         torch.save(dict(twin.adapter().tensors()), f"{folder}/alone.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.mark.slow
@@ -365,7 +363,7 @@ def test_two_processes_train_what_one_trains() -> None:
     if not torch.distributed.is_available():
         pytest.skip("needs torch.distributed")
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_work, (folder, {"bias": "lora_only", "save_modules": ["head"]}), nprocs=2)
+        in_two_processes(_work, folder, {"bias": "lora_only", "save_modules": ["head"]})
         one, two, alone = (torch.load(f"{folder}/{name}.pt", weights_only=True) for name in ("0", "1", "alone"))
     assert one.keys() == alone.keys()
     for name, tensor in one.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,15 @@ def test_some_adapters_together_and_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layers", "dtype", "tolerance"), [(2, torch.float64, torch.float64), (1, torch.float32, "steps")]
-)
-def test_sixteen_adapters_together_and_alone_for_a_hundred_steps(
-    layers: int, dtype: torch.dtype, tolerance: torch.dtype | str, tmp_path: Path
-) -> None:
-    check(byte_base(layers=layers, dtype=dtype), 16, 100, tmp_path, tolerance, range(16))
+def test_sixteen_adapters_together_and_alone_for_a_hundred_steps(tmp_path: Path) -> None:
+    check(byte_base(layers=1), 16, 100, tmp_path, "steps", range(16))
+
+
+@pytest.mark.slow
+def test_sixteen_adapters_together_and_alone_to_ten_digits(tmp_path: Path) -> None:
+    """float64 shows in few steps what is wrong; ``WEFT_TEST_STEPS=100`` for more."""
+    steps = int(os.environ.get("WEFT_TEST_STEPS", "20"))
+    check(byte_base(layers=2, dtype=torch.float64), 16, steps, tmp_path, torch.float64, range(16))
 
 
 def test_one_after_another_is_the_single_trainer_bit_by_bit(

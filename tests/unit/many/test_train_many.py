@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +163,13 @@ def test_nan_in_one_users_gradient_reaches_nobody_else(
         assert error <= 1e-5 + 1e-4 * size
 
 
-@pytest.mark.parametrize("count", [50, pytest.param(1000, marks=pytest.mark.slow)])
-def test_a_thousand_users_pass_through_a_bank_of_thirty_two_slots(
-    count: int, small: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_many_users_pass_through_a_bank_of_thirty_two_slots(
+    small: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """``WEFT_TEST_USERS=1000`` for a thousand of them, half a minute."""
     from weft.many.rounds import Rounds
 
+    count = int(os.environ.get("WEFT_TEST_USERS", "150"))
     most, entered = [0], set()
     done = Rounds.round
 

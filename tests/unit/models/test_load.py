@@ -355,6 +355,12 @@ def test_weights_of_another_shape(base: Path) -> None:
         load_base(base)
 
 
+def test_an_encoder_decoder_is_told_the_way(tmp_path: Path) -> None:
+    tiny_t5().save_pretrained(tmp_path)
+    with pytest.raises(BaseError, match=r"a t5 model can't be loaded for 'causal-lm'.*Seq2SeqTrainer.*weft\.attach"):
+        load_base(tmp_path)
+
+
 def test_weights_that_are_missing(base: Path) -> None:
     change_config(base, num_hidden_layers=3)
     with pytest.raises(BaseError, match=r"the files lack.* 9 weights of LlamaForCausalLM: 'model.layers.2"):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import weft
+from tests.processes import in_two_processes, leave, meet
 from weft import LoraSpec, TwoTower
 from weft.errors import SpecError, TargetError
 from weft.models.fusion import FUSIONS
@@ -108,8 +108,7 @@ def test_losses_are_what_loops_say(loss: str, duplicates: str) -> None:
 
 
 def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    meet(rank, folder)
     given = torch.load(f"{folder}/in.pt", weights_only=True)
     rows = slice(3 * rank, 3 * rank + 3)
     weight = given["weight"].clone().requires_grad_()
@@ -121,7 +120,7 @@ def _worker(rank: int, folder: str) -> None:
         gradients = torch.autograd.grad(value, [weight, scale], retain_graph=True)
         found[loss] = [value.detach(), *(_mean(part) for part in gradients)]
     torch.save(found, f"{folder}/out{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def _mean(tensor: Tensor) -> Tensor:
@@ -135,7 +134,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
              "scale": torch.rand((), dtype=f64) + 2, "bias": torch.randn((), dtype=f64), "ids": torch.tensor([0, 1, 2, 0, 3, 4]),
              "pictures": torch.tensor([0, 1, 2, 3, 1, 4])}  # fmt: skip
     torch.save(given, tmp_path / "in.pt")
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2)
+    in_two_processes(_worker, str(tmp_path))
     weight, scale = given["weight"].clone().requires_grad_(), given["scale"].clone().requires_grad_()
     parts = [nn.functional.normalize(given[name] @ weight, dim=1) for name in ("text", "image")]
     for loss in LOSSES:

@@ -35,7 +35,7 @@ def run(module: str, *words: object, timeout: int = 240) -> dict[str, object]:
 
 @pytest.mark.slow
 def test_killed_writers_lose_nothing(tmp_path: Path) -> None:
-    kills = int(os.environ.get("WEFT_TEST_KILLS", "40"))
+    kills = int(os.environ.get("WEFT_TEST_KILLS", "24"))
     found = run("crash", tmp_path, kills, timeout=60 + 3 * kills)
     assert sum(found["deaths"].values()) >= kills
     assert set(found["deaths"]) >= {"put", "promote", "gc"}
