@@ -70,6 +70,11 @@ class Leaf:
             return slice(spans[0].start, spans[-1].stop)
         return torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(self.parameter.device)
 
+    @property
+    def companions(self) -> Mapping[str, Tensor]:
+        """Those that there are, by key."""
+        return self._companions
+
     def companion(self, key: str) -> Tensor:
         """A tensor that goes with the parameter, zero at first."""
         if key not in self._companions:

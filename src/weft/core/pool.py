@@ -9,7 +9,7 @@ Shapes: R lines of a leaf: the sum of its adapters' ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,7 @@ from weft.core.filling import start_slot
 from weft.core.inits import initialise
 from weft.core.leaves import Leaf, PoolSlot
 from weft.core.members import FlatSites, Member, flatten
+from weft.core.resizing import Resize, blocks_of, rescaled
 from weft.core.site import Site
 from weft.core.sites import find_sites
 from weft.errors import BankError, SpecError
@@ -119,6 +120,40 @@ class Pool:
         member = Member(name, adapter.spec, notes=layout.found.notes, provenance=adapter.provenance)
         self._join(member, layout.found, adapter, FlatSites(layout, flat, adapter.spec))
 
+    def slots(self, name: str) -> dict[str, tuple[Site, Any]]:
+        """Sites of an adapter with what stands there, by path; for those who change it as a whole (`resize`)."""
+        self.number(name)
+        held: Mapping[str, Any] = self._members[name].sites
+        return {path: (slot.site, slot) for path, slot in held.items()}
+
+    @torch.no_grad()
+    def resize(self, name: str, changes: Mapping[str, Resize], squares: Collection[str] = ()) -> None:
+        """Give sites of an adapter more, fewer or other directions, see `weft.core.resizing`; the others stay as they are.
+
+        Its lines of every companion go along: as means of gradients, those named in ``squares`` as means of their squares.
+        """
+        self.settle()
+        moved: list[tuple[Leaf, dict[str, Tensor]]] = []
+        for path, (site, slot) in self.slots(name).items():
+            if path not in changes:
+                continue
+            change = changes[path]
+            slot.rank = int(change.A(blocks_of(site, slot)[0]).shape[-2])
+            slot.start_B, slot.scale = rescaled(slot, change)
+            slot.solo = None
+            for part, leaf in slot.leaves.items():
+                if part == "magnitude":
+                    continue
+                value = leaf.parameter.detach()[leaf.lines[name]].clone()
+                self._new.setdefault((path, part), {})[name] = _changed(change, part, value)
+                kept = leaf.companions.items()
+                moved.append((leaf, {key: _moved(change, part, held[leaf.lines[name]].clone(), key in squares) for key, held in kept}))  # fmt: skip
+        self._dirty = bool(moved)
+        self.settle()
+        for leaf, parts in moved:
+            for key, lines in parts.items():
+                leaf.companion(key)[leaf.lines[name]] = lines
+
     def drop(self, name: str) -> None:
         """Take an adapter out; its slot number is the next one's."""
         self.number(name)
@@ -179,6 +214,24 @@ class Pool:
         if key not in self._leaves:
             self._leaves[key] = Leaf(site.path, part, like.detach().to(site.weight.device))
         return self._leaves[key]
+
+
+def _changed(change: Resize, part: str, lines: Tensor) -> Tensor:
+    """Lines of a leaf after a change of directions."""
+    if part == "A":
+        return change.A(lines[None])[0]
+    if part == "B":
+        return change.B(lines.t()[None])[0].t().contiguous()
+    return lines * change.ratio  # B's own bias
+
+
+def _moved(change: Resize, part: str, lines: Tensor, squared: bool) -> Tensor:
+    """Means of gradients of such lines, or of their squares."""
+    if part == "A":
+        return change.moment_A(lines[None], squared)[0]
+    if part == "B":
+        return change.moment_B(lines.t()[None], squared)[0].t()
+    return lines / (change.ratio**2 if squared else change.ratio)
 
 
 def _check_pooled(site: Site) -> None:

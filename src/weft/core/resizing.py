@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ __all__ = [
     "grown",
     "kept_directions",
     "rank_of",
+    "rescaled",
     "resize_slot",
     "truncated",
 ]
@@ -44,6 +46,7 @@ class Resize:
         index: (n, k), the directions that stay where ``left`` and ``right`` are no more than a choice of them; exact, nothing is computed.
         new_A: (n, q, i); new_B: (n, o, q); None: no new ones.
         ratio: scale before over scale after; B and its own bias take it over, so that the update is the same.
+        scale: the one after, where it is known better than as a quotient.
     """
 
     left: Tensor | None = None
@@ -52,6 +55,7 @@ class Resize:
     new_A: Tensor | None = None
     new_B: Tensor | None = None
     ratio: float = 1.0
+    scale: float | None = None
 
     def A(self, blocks: Tensor) -> Tensor:
         """A' (n, k + q, i) from A (n, r, i)."""
@@ -151,11 +155,24 @@ def resize_slot(site: Site, slot: Slot, change: Resize) -> list[Swap]:
             swaps.append(
                 _swap(slot, "bias", slot.bias.detach() * ratio, lambda m, squared: m / (ratio**2 if squared else ratio))
             )
-        if slot.start_B is not None:
-            slot._buffers["start_B"] = slot.start_B * ratio
-        slot.__dict__["scale"] = slot.scale / ratio
+        start, slot.__dict__["scale"] = rescaled(slot, change)
+        if start is not None:
+            slot._buffers["start_B"] = start
     slot.__dict__["solo"] = None
     return swaps
+
+
+def rescaled(slot: Any, change: Resize) -> tuple[Tensor | None, float]:
+    """B of the starting product, and the scale, after a change.
+
+    The starting product is always computed from the one that there was first, so that a resumed run, which comes to a scale in one step,
+    has the bytes of a run that came to it in several.
+    """
+    scale = slot.scale / change.ratio if change.scale is None else change.scale
+    if slot.start_B is None:
+        return None, scale
+    first = slot.__dict__.setdefault("first", (slot.start_B, slot.scale))
+    return first[0] * (first[1] / scale), scale
 
 
 def grown(
@@ -279,7 +296,13 @@ def fitted(site: Site, slot: Slot, rank: int, scale: float) -> Resize | None:
     if r == A.shape[1] and ratio == 1.0:
         return None
     index = torch.zeros(n, 0, dtype=torch.long, device=A.device)
-    return Resize(index=index, new_A=A.new_zeros(n, r, A.shape[-1]), new_B=B.new_zeros(n, B.shape[-2], r), ratio=ratio)
+    return Resize(
+        index=index,
+        new_A=A.new_zeros(n, r, A.shape[-1]),
+        new_B=B.new_zeros(n, B.shape[-2], r),
+        ratio=ratio,
+        scale=scale,
+    )
 
 
 def _svd(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

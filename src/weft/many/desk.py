@@ -182,7 +182,7 @@ class FolderDesk:
         """Write the adapter and its report."""
         adapter.check_finite()
         begin = provenance_of(member.inputs, member.recipe, member.schedule, self.environment["versions"])
-        metrics = member.best.metrics if member.best is not None and member.schedule.best else member.course.metrics
+        metrics = member.result
         evaluation = {f"eval_{name}": value for name, value in metrics.items()}
         evaluation |= {f"base_{name}": value for name, value in member.course.base.items()}
         came = dataclasses.replace(begin, evaluation=evaluation, base=adapter.provenance.base)
@@ -242,5 +242,10 @@ class FolderDesk:
             base=course.base, adapter=metrics, steps=course.step, epochs=member.epoch, tokens=course.tokens, seconds=course.seconds,
             tokens_per_second=course.tokens / max(course.seconds, 1e-9), train_loss=course.last_loss, best_step=kept, stopped=course.stopped,
             learning_rate=schedule.learning_rate, rate_reason=schedule.rate_reason, trainable=adapter.num_parameters, digest=adapter.digest,
-            data=member.inputs.data, notes=(*member.inputs.notes, *self._end(member, adapter), *problem),
+            data=member.inputs.data, ranks=_ranks_of(member), notes=(*member.inputs.notes, *self._end(member, adapter), *problem),
         )  # fmt: skip
+
+
+def _ranks_of(member: Member) -> dict[str, Any]:
+    """The record of ranks that changed, as `weft.train.ranks.Ranks.record` has it."""
+    return {} if member.ranks is None else {"changes": member.ranks.changes, "sites": member.held}

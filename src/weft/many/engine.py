@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,15 @@ from torch import Tensor, nn
 from weft.adapter import Adapter, Provenance
 from weft.core.bank import Bank
 from weft.core.dropout import own_stream
+from weft.core.resizing import Resize
+from weft.core.site import Site
 from weft.data import Collator, collator
 from weft.many.adamw import BETAS, EPSILON
 from weft.many.losses import find_head, head_losses, model_losses
 from weft.many.pieces import OVERHEAD, Piece, compose
 from weft.spec import LoraSpec
+from weft.train.moments import carry
+from weft.train.ranks import fits, sizes
 from weft.train.scoring import by_row, keeps_logits, losses, wanted_positions
 from weft.train.trainer import rate_and_decay
 
@@ -56,6 +60,7 @@ class Move:
         rate, ratio, decay: learning rate, that of B over it (None: the same), weight decay.
         clip: largest norm of its gradient; 0: any.
         step: steps that it has done before.
+        watch: takes path, ``"A"`` or ``"B"``, factor and gradient of every site, after clipping and before it moves; None: nobody.
     """
 
     key: str
@@ -64,6 +69,7 @@ class Move:
     decay: float
     ratio: float | None
     step: int
+    watch: Callable[[str, str, Tensor, Tensor], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,14 @@ class Engine:
         """Drop all gradients."""
         raise NotImplementedError
 
+    def slots(self, key: str) -> Mapping[str, tuple[Site, Any]]:
+        """What stands at the sites of an adapter, by path."""
+        raise NotImplementedError
+
+    def resize(self, key: str, changes: Mapping[str, Resize]) -> None:
+        """Give an adapter's sites more, fewer or other directions; the optimizer's state goes along."""
+        raise NotImplementedError
+
     @contextlib.contextmanager
     def routed(self, part: Sequence[Piece], seeded: bool) -> Iterator[None]:
         """The route of a forward: every row its adapter, with its own dropout."""
@@ -154,6 +168,17 @@ class Engine:
         """A copy of all that is needed to go on with an adapter elsewhere, on the CPU."""
         moments = {f"moment/{name}": tensor.detach().to("cpu", copy=True) for name, tensor in self.moments(key).items()}
         return {f"factor/{name}": tensor for name, tensor in self.copy(key).items()} | moments
+
+    def sizes(self, key: str) -> dict[str, list[float]]:
+        """Rank and scale of an adapter's sites."""
+        return sizes(self.slots(key))
+
+    def fit(self, key: str, wanted: Mapping[str, Sequence[float]]) -> None:
+        """Make room for factors of other `sizes`, which are written then."""
+        slots = self.slots(key)
+        changes = fits(slots, wanted) if wanted else {}
+        if changes:
+            self.resize(key, changes)
 
     @torch.no_grad()
     def put(self, key: str, factors: Mapping[str, Tensor]) -> None:
@@ -312,6 +337,14 @@ class Apart(Engine):
             found |= {f"{group['name']}/{name}": state[name] for name in ("step", "exp_avg", "exp_avg_sq")}
         return found
 
+    def slots(self, key: str) -> Mapping[str, tuple[Site, Any]]:
+        """Those of the bank."""
+        return self.bank.slots(key)
+
+    def resize(self, key: str, changes: Mapping[str, Resize]) -> None:
+        """New parameters in the slot, which the optimizer takes over."""
+        carry(self._optimizers[key], self.bank.resize(key, changes))
+
     def step(self, moves: Sequence[Move]) -> dict[str, float]:
         """`torch.nn.utils.clip_grad_norm_` and `torch.optim.AdamW`, adapter by adapter."""
         norms = {}
@@ -326,6 +359,8 @@ class Apart(Engine):
             for group in optimizer.param_groups:
                 group["lr"], group["weight_decay"] = rate_and_decay(group["name"], move.rate, move.decay, move.ratio)
             if torch.isfinite(norm):
+                if move.watch is not None:
+                    _show(self.bank.slots(move.key), move.watch)
                 optimizer.step()
         self.forget()
         return norms
@@ -334,6 +369,13 @@ class Apart(Engine):
         """Drop all gradients."""
         for optimizer in self._optimizers.values():
             optimizer.zero_grad()
+
+
+def _show(slots: Mapping[str, tuple[Site, Any]], watch: Callable[[str, str, Tensor, Tensor], None]) -> None:
+    for path, (_, slot) in slots.items():
+        for leaf, parameter in (("A", slot.lora_A), ("B", slot.lora_B)):
+            if parameter.grad is not None:
+                watch(path, leaf, parameter, parameter.grad)
 
 
 def _by_piece(part: Sequence[Piece], values: Tensor) -> Iterator[tuple[Piece, Tensor]]:

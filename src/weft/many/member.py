@@ -12,19 +12,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler
 
 from weft.many.pieces import Piece
 from weft.spec import LoraSpec
 from weft.train.inputs import Inputs
+from weft.train.ranks import Ranks
 from weft.train.recipe import Recipe
-from weft.train.schedule import Schedule
+from weft.train.schedule import Schedule, rate_at
 from weft.train.scoring import IGNORED
 from weft.train.streams import stream_seed
 
-__all__ = ["Best", "Course", "Member", "Micro", "rate_at"]
+__all__ = ["Best", "Course", "Member", "Micro"]
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,13 @@ class Micro:
 
 @dataclass
 class Best:
-    """The best evaluation so far, and the factors that it had."""
+    """The best evaluation so far, and the factors that it had; their rank and scale by site, where these change."""
 
     metric: float
     step: int
     metrics: dict[str, float]
     factors: dict[str, Tensor]
+    sizes: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -83,6 +84,8 @@ class Member:
         name: the user's own; key: in the bank, and its folder's name.
         recipe, spec, schedule: settled.
         course: how far it is; best: the best evaluation so far; best_rows: its losses, row by row: [sum, count].
+        ranks: changes its ranks while it is in the bank; None: they stay. held: rank by site of the result, where they change. final: its metrics,
+            where it was changed at the very end.
         due: the step after which it leaves the batch for now (a rung of successive halving); else that of its schedule.
     """
 
@@ -103,8 +106,11 @@ class Member:
         self.course = Course()
         self.best: Best | None = None
         self.best_rows: list[list[float]] = []
+        self.ranks: Ranks | None = None
+        self.held: dict[str, int] = {}
+        self.final: dict[str, float] = {}
         self.due = schedule.steps
-        self._rate = rate_at(recipe.schedule, schedule)
+        self.rate_at = rate_at(recipe.schedule, schedule)
         self._epoch: tuple[int, list[list[tuple[int, ...]]]] = (-1, [])
 
     # the data
@@ -181,7 +187,7 @@ class Member:
     @property
     def rate(self) -> float:
         """Learning rate of the next step."""
-        return self._rate(self.course.step)
+        return self.rate_at(self.course.step)
 
     @property
     def epoch(self) -> float:
@@ -222,12 +228,23 @@ class Member:
             "step": course.step, "loss": loss, "grad_norm": norm, "learning_rate": rate, "epoch": self.epoch, "tokens": course.tokens,
         }  # fmt: skip
 
-    def judge(self, metrics: dict[str, float], factors: Callable[[], dict[str, Tensor]]) -> None:
+    @property
+    def result(self) -> dict[str, float]:
+        """Metrics of the adapter that comes of it."""
+        best = self.best is not None and self.schedule.best
+        return self.final or (self.best.metrics if best and self.best is not None else self.course.metrics)
+
+    def judge(
+        self,
+        metrics: dict[str, float],
+        factors: Callable[[], dict[str, Tensor]],
+        sizes: Callable[[], dict[str, list[float]]] = dict,
+    ) -> None:
         """Take an evaluation in: is it the best, and is it time to stop.
 
         Args:
             metrics: by plain names.
-            factors: gives a copy of the factors as they are; called where they are to be kept.
+            factors: gives a copy of the factors as they are; called where they are to be kept. sizes: their ranks and scales.
         """
         course, schedule = self.course, self.schedule
         course.metrics = metrics
@@ -236,17 +253,6 @@ class Member:
         better = not math.isnan(value) and (self.best is None or sign * (value - self.best.metric) > 0)
         course.waited = 0 if better or self.best is None else course.waited + 1
         if better:
-            self.best = Best(value, course.step, metrics, factors() if schedule.best else {})
+            self.best = Best(value, course.step, metrics, factors() if schedule.best else {}, sizes())
         if schedule.patience and course.waited >= schedule.patience and course.step < schedule.steps:
             course.stopped = "early"
-
-
-def rate_at(name: str, schedule: Schedule) -> Callable[[int], float]:
-    """The learning rate by step: exactly what transformers' scheduler of that name gives."""
-    from transformers import get_scheduler
-
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=schedule.learning_rate)
-    known = name if name != "constant" else "constant_with_warmup"
-    scheduler: Any = get_scheduler(known, optimizer, schedule.warmup_steps, schedule.steps)
-    factor = scheduler.lr_lambdas[0]
-    return lambda step: schedule.learning_rate * factor(step)

@@ -155,17 +155,23 @@ def row_of(
     }
     if member is None:
         return row
-    course, inputs, spec = member.course, member.inputs, member.spec
-    metrics = member.best.metrics if member.schedule.best and member.best is not None else course.metrics
+    course, inputs = member.course, member.inputs
+    metrics = member.result
     row |= {
         "status": "failed" if reason else course.stopped or "end", "examples": inputs.data["train"]["examples"],
         "eval_examples": inputs.data.get("eval", {}).get("examples", 0), "tokens": course.tokens, "steps": course.step,
         "planned": member.schedule.steps, "first_loss": course.first_loss, "last_loss": course.last_loss, "base": course.base,
         "adapter": metrics, "best_step": member.best.step if member.best is not None and member.schedule.best else None,
-        "rank": spec.rank, "learning_rate": member.schedule.learning_rate, "metric": member.schedule.metric, "curve": curve_of(log), "seconds": course.seconds,
+        "rank": _rank(member), "learning_rate": member.schedule.learning_rate, "metric": member.schedule.metric, "curve": curve_of(log), "seconds": course.seconds,
     }  # fmt: skip
     row["warnings"] = [*_warnings(member, metrics), *_findings(member, log)]
     return row
+
+
+def _rank(member: Member) -> float:
+    """That of the spec; where ranks change, their mean over the sites of the result."""
+    held = member.held.values()
+    return round(sum(held) / len(held), 1) if held else member.spec.rank
 
 
 def losses_of(row: Mapping[str, Any]) -> tuple[float | None, float | None]:

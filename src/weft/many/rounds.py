@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,9 +19,12 @@ from weft.adapter import Adapter
 from weft.errors import WeftError
 from weft.many.engine import Engine, Measured, Move
 from weft.many.member import Member
+from weft.many.ranking import changing
 from weft.train.scoring import Score
 
 __all__ = ["Desk", "Parked", "Rounds"]
+
+_NONE: Mapping[str, Sequence[float]] = {}
 
 
 class Desk(Protocol):
@@ -48,11 +51,12 @@ class Desk(Protocol):
 
 @dataclass
 class Parked:
-    """An adapter that waits outside of the bank: what it needs to go on, and what it is now."""
+    """An adapter that waits outside of the bank: what it needs to go on (with its ranks, where these change), and what it is now."""
 
     member: Member
     state: dict[str, Tensor]
     adapter: Adapter
+    sizes: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -105,7 +109,7 @@ class Rounds:
         while len(self.active) < self.slots and (self.back or self.waiting):
             if self.back:
                 parked = self.back.pop(0)
-                self.come_in(parked.member, parked.state)
+                self.come_in(parked.member, parked.state, parked.sizes)
                 continue
             name = self.waiting.pop(0)
             member: Member | None = None
@@ -124,10 +128,13 @@ class Rounds:
         """One optimizer step of everybody in the bank."""
         start = time.perf_counter()
         members = list(self.active)
+        for member in members:
+            if member.ranks is not None:
+                member.ranks.step_begins()
         losses = self.engine.train([piece for member in members for piece in member.pieces()])
         losses = self.share(losses) if self.share is not None else losses
         finite = [member for member in members if math.isfinite(losses[member.key])]
-        rates = {member.key: member.rate for member in finite}
+        rates = {member.key: member.rate * (member.ranks.rate_factor() if member.ranks else 1.0) for member in finite}
         norms = self.engine.step([_move(member, rates[member.key]) for member in finite])
         for member in members:
             if member not in finite:
@@ -138,6 +145,8 @@ class Rounds:
         before = sum(member.course.tokens for member in moved)
         for member in moved:
             member.advance(losses[member.key])
+            if member.ranks is not None:
+                member.ranks.step_ended()
             if member.is_logged():
                 self.desk.log(member, member.log_line(rates[member.key], norms[member.key]))
         self.tokens += sum(member.course.tokens for member in moved) - before
@@ -156,18 +165,15 @@ class Rounds:
         needs = any(own.init in ("eva", "lora_ga") for own in member.spec.everywhere())
         batches = member.inputs.first_batches(member.recipe) if needs else None
         self.engine.enter(member.key, member.spec, member.recipe.seed, batches)
+        if member.ranks is None:  # else it comes back, and goes on deciding
+            member.ranks = changing(self.engine, member, lambda line: self.desk.log(member, line))
 
-    def come_in(self, member: Member, state: dict[str, Tensor]) -> None:
-        """A member that was in the bank before, with what it had."""
+    def come_in(self, member: Member, state: dict[str, Tensor], sizes: Mapping[str, Sequence[float]] = _NONE) -> None:
+        """A member that was in the bank before, with what it had: tensors, and rank and scale by site where these change."""
         self._enter(member)
+        self.engine.fit(member.key, sizes)
         self.engine.restore(member.key, state)
         self.active.append(member)
-
-    def parked_again(self, member: Member, state: dict[str, Tensor]) -> Parked:
-        """A member that waited outside of the bank when a checkpoint was written."""
-        self.come_in(member, state)
-        parked = self._take_out(member, state)
-        return parked
 
     def _leave(self, member: Member) -> None:
         self.engine.leave(member.key)
@@ -186,7 +192,10 @@ class Rounds:
     def _finish(self, member: Member) -> None:
         """Its best factors, as a value, and out."""
         if member.best is not None and member.best.factors and member.best.step != member.course.step:
-            self.engine.put(member.key, member.best.factors)
+            self._put_best(member)
+        if member.ranks is not None and member.ranks.finish() and member.inputs.evaluated is not None:
+            ((_, member.final, _),) = self._metrics([member], of_base=False)
+        self._note_ranks(member)
         try:
             self.desk.finished(member, self.engine.adapter(member.key))
         except WeftError as error:  # factors that are not finite, a disk that is full
@@ -195,14 +204,34 @@ class Rounds:
         self._leave(member)
 
     def _park(self, member: Member) -> None:
-        self.parked.append(self._take_out(member, self.engine.state(member.key)))
+        self.parked.append(self.take_out(member, self.engine.state(member.key)))
 
-    def _take_out(self, member: Member, state: dict[str, Tensor]) -> Parked:
+    def take_out(self, member: Member, state: dict[str, Tensor]) -> Parked:
+        """Out of the bank, to wait there.
+
+        Args:
+            state: what it goes on with.
+        """
+        sizes = self.sizes(member)
         if member.best is not None and member.best.factors:
-            self.engine.put(member.key, member.best.factors)
+            self._put_best(member)
+        self._note_ranks(member)
         adapter = self.engine.adapter(member.key)
         self._leave(member)
-        return Parked(member, state, adapter)
+        return Parked(member, state, adapter, sizes)
+
+    def _put_best(self, member: Member) -> None:
+        assert member.best is not None
+        self.engine.fit(member.key, member.best.sizes)
+        self.engine.put(member.key, member.best.factors)
+
+    def _note_ranks(self, member: Member) -> None:
+        if member.ranks is not None:
+            member.held = member.ranks.ranks()
+
+    def sizes(self, member: Member) -> dict[str, list[float]]:
+        """Rank and scale by site of a member in the bank; empty where they don't change."""
+        return {} if member.ranks is None else self.engine.sizes(member.key)
 
     def _rung(self, judge: Callable[[Sequence[Parked]], Sequence[Parked]]) -> None:
         """Everybody waits at a rung: some go on, the others are done."""
@@ -227,7 +256,11 @@ class Rounds:
     def _evaluate(self, members: Sequence[Member]) -> None:
         for member, metrics, rows in self._metrics(members, of_base=False):
             before = member.best
-            member.judge(metrics, lambda member=member: self.engine.copy(member.key))  # type: ignore[misc]
+            member.judge(
+                metrics,
+                lambda member=member: self.engine.copy(member.key),  # type: ignore[misc]
+                lambda member=member: self.sizes(member),  # type: ignore[misc]
+            )
             if member.best is not before:
                 member.best_rows = [
                     [float(total), int(count)]
@@ -237,6 +270,8 @@ class Rounds:
             self.desk.log(
                 member, {"step": member.course.step, **{f"eval_{name}": value for name, value in metrics.items()}}
             )
+            if member.ranks is not None:
+                member.ranks.evaluated({f"eval_{name}": value for name, value in metrics.items()})
 
     def _metrics(
         self, members: Sequence[Member], of_base: bool
@@ -258,5 +293,6 @@ class Rounds:
 
 
 def _move(member: Member, rate: float) -> Move:
-    recipe = member.recipe
-    return Move(member.key, rate, recipe.clip, recipe.weight_decay, recipe.lora_plus_ratio, member.course.step)
+    recipe, ranks = member.recipe, member.ranks
+    watch = ranks.saw if ranks is not None and ranks.watches() else None
+    return Move(member.key, rate, recipe.clip, recipe.weight_decay, recipe.lora_plus_ratio, member.course.step, watch)

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 
 from weft.errors import RecipeError, did_you_mean, some_names
 from weft.spec import LoraSpec
+from weft.train.adaptive import GrowOnPlateau, check_spec
 from weft.train.recipe import Recipe
 from weft.train.training import one_recipe
 
-__all__ = ["SHARED", "check_shared", "recipes_for"]
+__all__ = ["SHARED", "check_evaluated", "check_shared", "recipes_for"]
 
 SHARED = (
     "dtype",
@@ -62,6 +63,19 @@ def recipes_for(
     return found
 
 
+def check_evaluated(recipes: Mapping[str, Recipe], evaluated: Mapping[str, bool]) -> None:
+    """Whether those whose ranks grow have something to evaluate.
+
+    Raises:
+        RecipeError: names who has not.
+    """
+    without = [name for name, own in recipes.items() if isinstance(own.adaptive, GrowOnPlateau) and not evaluated[name]]
+    if without:
+        raise RecipeError(
+            f"{some_names(without)}: adaptive growth looks at evaluations, and there is no evaluation data; give eval_data (--eval 0.1)"
+        )
+
+
 def check_shared(recipes: Mapping[str, Recipe]) -> None:
     """Whether these recipes can run on one base at once.
 
@@ -100,10 +114,10 @@ def check_shared(recipes: Mapping[str, Recipe]) -> None:
             raise RecipeError(
                 f"{where}mixed_precision='fp16' scales all losses by one factor, which one user's overflow would change; use bf16 or no"
             )
-        if recipe.adaptive is not None:
-            raise RecipeError(
-                f"{where}adaptive ranks: adapters that are trained together keep their ranks; train this one alone with `weft train`, or "
-                "shrink the finished adapters with `weft shrink`"
-            )
+        if recipe.adaptive is not None and recipe.spec is not None:
+            try:
+                check_spec(recipe.adaptive, recipe.spec)
+            except RecipeError as error:
+                raise RecipeError(f"{where}{error}") from error
         if recipe.compile:
             raise RecipeError(f"{where}compile=true compiles for one adapter; leave it out here")

@@ -7,7 +7,7 @@ where the run was after that round, and does from there what it would have done.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from weft.errors import RunError
 from weft.many.member import Best, Course, Member
+from weft.many.ranking import plain, restore
 from weft.many.rounds import Rounds
 from weft.train import checkpoints
 from weft.train.run import plain_json, write_beside
@@ -41,11 +42,13 @@ def save(rounds: Rounds, folder: Path, done: dict[str, dict[str, Any]]) -> Path:
     for member in everybody:
         best = member.best.factors if member.best is not None else {}
         tensors |= {f"{member.key}/best/{name}": tensor for name, tensor in best.items()}
-    plain = {
+        held = member.ranks.tensors() if member.ranks is not None else {}
+        tensors |= {f"{member.key}/ranks/{name}": tensor.cpu() for name, tensor in held.items()}
+    values = {
         "round": rounds.number, "tokens": rounds.tokens, "seconds": rounds.seconds, "waiting": rounds.waiting, "done": done,
-        "active": [_plain(member) for member in rounds.active],
-        "parked": [_plain(item.member) for item in rounds.parked],
-        "back": [_plain(item.member) for item in rounds.back],
+        "active": [_plain(member, rounds.sizes(member)) for member in rounds.active],
+        "parked": [_plain(item.member, item.sizes) for item in rounds.parked],
+        "back": [_plain(item.member, item.sizes) for item in rounds.back],
     }  # fmt: skip
     checkpoints.clean(folder)
     target = checkpoints.beside(folder, rounds.number)
@@ -53,7 +56,7 @@ def save(rounds: Rounds, folder: Path, done: dict[str, dict[str, Any]]) -> Path:
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, target / STATE, metadata={"format": "pt"}
     )
-    write_beside(target / checkpoints.TRAINER_STATE, json.dumps(plain_json(plain)) + "\n")
+    write_beside(target / checkpoints.TRAINER_STATE, json.dumps(plain_json(values)) + "\n")
     path = checkpoints.publish(folder, rounds.number)
     checkpoints.rotate(folder, 1, None)
     return path
@@ -77,32 +80,45 @@ def resume(rounds: Rounds, folder: Path, reopen: Callable[[str], Member]) -> dic
         return None
     try:
         tensors = load_file(newest / STATE)
-        plain = json.loads((newest / checkpoints.TRAINER_STATE).read_text(encoding="utf-8"))
+        read = json.loads((newest / checkpoints.TRAINER_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(f"{newest}: this checkpoint can't be read: {error}; remove its folder to begin anew") from error
     split: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         key, kind, rest = name.split("/", 2)
         split.setdefault((key, kind), {})[rest] = tensor
-    rounds.number, rounds.tokens, rounds.seconds = plain["round"], plain["tokens"], plain["seconds"]
-    rounds.waiting = list(plain["waiting"])
-    for values in plain["active"]:
+    rounds.number, rounds.tokens, rounds.seconds = read["round"], read["tokens"], read["seconds"]
+    rounds.waiting = list(read["waiting"])
+    for values in read["active"]:
         member = _member(values, reopen, split)
-        rounds.come_in(member, split[member.key, "now"])
+        rounds.come_in(member, split[member.key, "now"], values.get("sizes", {}))
+        _decide_as_before(member, values, split)
     for kind, list_ in (("parked", rounds.parked), ("back", rounds.back)):
-        for values in plain[kind]:
+        for values in read[kind]:
             member = _member(values, reopen, split)
-            list_.append(rounds.parked_again(member, split[member.key, "now"]))
-    done: dict[str, dict[str, Any]] = plain["done"]
+            rounds.come_in(member, split[member.key, "now"], values.get("sizes", {}))
+            _decide_as_before(member, values, split)
+            list_.append(rounds.take_out(member, split[member.key, "now"]))
+    done: dict[str, dict[str, Any]] = read["done"]
     return done
 
 
-def _plain(member: Member) -> dict[str, Any]:
+def _plain(member: Member, sizes: Mapping[str, Any]) -> dict[str, Any]:
     best = member.best
-    return {
-        "name": member.name, "due": member.due, "course": member.course.to_dict(),
-        "best": None if best is None else {"metric": best.metric, "step": best.step, "metrics": best.metrics, "rows": member.best_rows},
-    }  # fmt: skip
+    found: dict[str, Any] = {"name": member.name, "due": member.due, "course": member.course.to_dict(), "best": None}
+    if best is not None:
+        found["best"] = {"metric": best.metric, "step": best.step, "metrics": best.metrics, "rows": member.best_rows, "sizes": best.sizes}  # fmt: skip
+    if member.ranks is not None:
+        found |= {"sizes": sizes, "ranks": plain(member.ranks)}
+    return found
+
+
+def _decide_as_before(
+    member: Member, values: Mapping[str, Any], split: Mapping[tuple[str, str], dict[str, Tensor]]
+) -> None:
+    """What changes a member's ranks, as it was."""
+    if member.ranks is not None:
+        restore(member.ranks, values["ranks"], split.get((member.key, "ranks"), {}))
 
 
 def _member(
@@ -113,6 +129,6 @@ def _member(
     best = values["best"]
     if best is not None:
         factors = split.get((member.key, "best"), {})
-        member.best = Best(best["metric"], best["step"], best["metrics"], factors)
+        member.best = Best(best["metric"], best["step"], best["metrics"], factors, best.get("sizes", {}))
         member.best_rows = best["rows"]
     return member

@@ -5,7 +5,7 @@ Adapters that can't be stacked are trained apart, in the same rounds. This modul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from weft.adapter import Adapter, Provenance
 from weft.core.bank import Bank
+from weft.core.resizing import Resize
+from weft.core.site import Site
 from weft.many.adamw import Lines, Rates, clip_, move_, norms_by_slot
 from weft.many.engine import Apart, Engine, Measured, Move, Settings
 from weft.many.pieces import Piece
@@ -78,6 +80,17 @@ class Together(Engine):
             if key in leaf.lines
         }
 
+    def slots(self, key: str) -> Mapping[str, tuple[Site, Any]]:
+        """What stands at its sites."""
+        return self.apart.slots(key) if key in self._alone else self.pool.slots(key)
+
+    def resize(self, key: str, changes: Mapping[str, Resize]) -> None:
+        """More or fewer lines in the stacks."""
+        if key in self._alone:
+            self.apart.resize(key, changes)
+        else:
+            self.pool.resize(key, changes, squares=("second",))
+
     def adapter(self, key: str, provenance: Provenance | None = None) -> Adapter:
         """A snapshot of an adapter as a value."""
         return self.bank.adapter(key, provenance)
@@ -137,6 +150,9 @@ class Together(Engine):
         device = lines[0].value.device
         table, steps = {name: values.to(device) for name, values in table.items()}, steps.to(device)
         clip_(lines, norms, table["clip"])
+        for move in moving:
+            if move.watch is not None:
+                _show(lines, self.pool.leaves, move)
         move_(lines, Rates(table["rate"], table["ratio"], table["decay"], steps))
         return found
 
@@ -154,6 +170,18 @@ class Together(Engine):
             found.append(Lines(leaf.parameter.detach(), grad, first, second, leaf.owner, leaf.part))
         _clear(found, leaves, resting)
         return found
+
+
+def _show(lines: Sequence[Lines], leaves: Sequence[Any], move: Move) -> None:
+    """An adapter's factors and their gradients, as they stand at the sites."""
+    assert move.watch is not None
+    for item, leaf in zip(lines, leaves, strict=True):
+        own = leaf.lines.get(move.key)
+        if own is None or leaf.part not in ("A", "B"):
+            continue
+        value, gradient = item.value[own], item.grad[own]
+        pair = (value, gradient) if leaf.part == "A" else (value.t(), gradient.t())
+        move.watch(leaf.path, leaf.part, *pair)
 
 
 def _clear(lines: Sequence[Lines], leaves: Sequence[Any], names: Sequence[str]) -> None:

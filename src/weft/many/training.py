@@ -31,7 +31,7 @@ from weft.many.processes import World
 from weft.many.progress import ManyProgress
 from weft.many.report import ManyReport, Runs
 from weft.many.rounds import Parked, Rounds
-from weft.many.settings import recipes_for
+from weft.many.settings import check_evaluated, recipes_for
 from weft.many.shares import Share, shares
 from weft.models.attach import attach
 from weft.spec import LoraSpec
@@ -119,7 +119,7 @@ def train_many(
             one source whose rows are parted by that column.
         eval_data: a share to hold out of every user's rows, as 0.1; or of the form of ``data``.
         spec, recipe: one for all, or one by name. Learning rate, schedule, batch size, clipping, evaluation, patience,
-            rank, sites and dropout are each adapter's own; what is about the base (dtype, precision, checkpointing) is shared.
+            rank (also one that changes, see `weft.GrowOnPlateau`), sites and dropout are each adapter's own; what is about the base (dtype, precision, checkpointing) is shared.
         out: the run folder, with one run folder a user in it; must not exist, or be empty, unless `resume` or `overwrite`.
         slots: adapters in the batch at once; when one has finished, the next user takes its place.
         tokens: most tokens in one forward, padding included; None: as the device likes it. Only speed and memory
@@ -148,6 +148,7 @@ def train_many(
         folder.check(overwrite)
     parts = {share.name: share for share in shares(data, eval_data, by)}
     recipes = recipes_for(list(parts), spec, recipe)
+    check_evaluated(recipes, {name: share.eval_data is not None for name, share in parts.items()})
     inputs = {"base": name_of(base), "data": _names(data), "eval_data": _names(eval_data), "by": by}
     return run_plan(Plan(base, parts, recipes, inputs), folder, options, overwrite=overwrite, progress=progress)
 

@@ -36,6 +36,7 @@ class GrowOnPlateau:
         min_change: smallest progress, as a share of the metric (0.01: one percent).
         cooldown: evaluations after a growth that don't count as stagnant.
         until: share of the run after which nothing grows: a falling learning rate ends all progress, and new directions would learn little.
+        restart: after a growth the learning rate begins anew at its peak, and the schedule is run through in what is left of the run.
         warmup: optimizer steps after a growth in which the learning rate rises from next to nothing to the schedule's.
 
     Raises:
@@ -50,6 +51,7 @@ class GrowOnPlateau:
     min_change: float = 0.01
     cooldown: int = 0
     until: float = 0.75
+    restart: bool = True
     warmup: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ class GrowOnPlateau:
                 "min_change": (lambda v: _is_number(v) and 0 <= v < 1, "a share from 0 to below 1, as in 0.01"),
                 "cooldown": (_whole(0), "a whole number of at least 0"),
                 "until": (lambda v: _is_number(v) and 0 < v <= 1, "a share above 0, at most 1"),
+                "restart": (lambda v: isinstance(v, bool), "true or false"),
                 "warmup": (_whole(0), "a whole number of at least 0"),
             },
         )

@@ -1,33 +1,33 @@
-"""Ranks that change while a trainer runs: when, where, by how much, and the record of it.
+"""Ranks that change while an adapter is trained: when, where, by how much, and the record of it.
 
-One class for each kind of `weft.train.adaptive`, all of them callbacks that hold what they decide by. That state is in every checkpoint
-(``ranks.json``), beside rank and scale of each site, so that a resumed run takes the same decisions. Decisions are made by the first process
-and told to the others. This module does not compute factors (`weft.core.resizing`) and no optimizer state (`weft.train.moments`).
+One class for each kind of `weft.train.adaptive`, which holds what it decides by. That state is in every checkpoint (of a single run
+``ranks.json``), beside rank and scale of each site, so that a resumed run takes the same decisions. Decisions are made by the first process
+and told to the others. Who trains is a `Host`: a Trainer (`weft.train.rank_callback`) or a place in a batch of many (`weft.many.ranking`).
+This module does not compute factors (`weft.core.resizing`) and no optimizer state (`weft.train.moments`).
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor
-from transformers import EarlyStoppingCallback, TrainerCallback
 
 from weft.core.bank import Bank
 from weft.core.resizing import Resize, blocks_of, fitted, grown, kept_directions, rank_of, truncated
 from weft.core.site import Site
 from weft.core.slots import Slot
 from weft.errors import RunError
+from weft.spec import LoraSpec
 from weft.train.adaptive import Adaptive, BudgetRanks, GrowOnPlateau, ShrinkBySpectrum
 from weft.train.importance import Importance, allocate, budget_at, direction_scores
 from weft.train.schedule import Schedule
 from weft.train.streams import stream_seed
 
-__all__ = ["RANKS", "Ranks", "describe", "fit", "ranks_for"]
+__all__ = ["RANKS", "Host", "Ranks", "describe", "fit", "fits", "ranks_for", "sizes"]
 
 RANKS = "ranks.json"
 IMPORTANCE = "importance.safetensors"
@@ -37,61 +37,115 @@ Moves = dict[str, tuple[int, int]]
 """Rank before and after, by path of the site."""
 
 
-class Ranks(TrainerCallback):
-    """What all kinds share: the sites, the record, the checkpoint.
+class Host(Protocol):
+    """Who trains the adapter, as far as ranks know it.
+
+    Attributes:
+        step: optimizer steps that are done. steps: of the whole run. main: this process writes what is written once.
+    """
+
+    @property
+    def step(self) -> int:
+        """Done so far."""
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+
+    @property
+    def main(self) -> bool:
+        """Whether it writes."""
+
+    @property
+    def spec(self) -> LoraSpec:
+        """As the adapter began."""
+
+    def rate_at(self, step: float) -> float:
+        """The schedule's learning rate, at a step or between two."""
+
+    def slots(self) -> Mapping[str, tuple[Site, Slot]]:
+        """What stands at each site, by path."""
+
+    def resize(self, changes: Mapping[str, Resize]) -> None:
+        """Change sites, and what the optimizer holds of them."""
+
+    def stopping(self) -> bool:
+        """Whether early stopping is about to end the run."""
+
+    def go_on(self) -> None:
+        """It isn't: the evaluations are counted from here."""
+
+    def forget_best(self) -> None:
+        """No evaluation so far may be the best."""
+
+    def agreed(self, value: T) -> T:
+        """The first process's value, on all."""
+
+
+class Ranks:
+    """What all kinds share: the record and the checkpoint; and when they are called.
 
     Args:
         plan: what was asked for.
-        bank: with the adapter ``slot``, which is trained.
+        host: who trains.
         schedule: the settled recipe. seed: the recipe's.
         write: takes a line for the run's log. tell: takes a line for the user.
 
     Attributes:
         changes: the record: ``{"step", "change", "why", "ranks": {path: [before, after]}}``.
-        trainer: set by the trainer that this belongs to.
     """
 
     def __init__(
         self,
         plan: Any,
-        bank: Bank,
-        slot: str,
+        host: Host,
         schedule: Schedule,
         seed: int = 0,
         write: Callable[[dict[str, Any]], None] = lambda row: None,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.plan, self.bank, self.slot, self.schedule, self.seed = plan, bank, slot, schedule, seed
+        self.plan, self.host, self.schedule, self.seed = plan, host, schedule, seed
         self.write, self.tell = write, tell
         self.changes: list[dict[str, Any]] = []
-        self.trainer: Any = None
 
     def ranks(self) -> dict[str, int]:
         """Rank by site, now."""
-        return {path: rank_of(*found) for path, found in self.bank.slots(self.slot).items()}
+        return {path: rank_of(*found) for path, found in self.host.slots().items()}
+
+    # when they are called, in this order
+
+    def step_begins(self) -> None:
+        """Before the first forward of a step."""
+
+    def watches(self) -> bool:
+        """Whether `saw` wants the gradients of the step that is on."""
+        return False
+
+    def saw(self, path: str, leaf: str, value: Tensor, gradient: Tensor) -> None:
+        """A, or B, and its gradient after clipping, before the optimizer moves it; in the order of the slot's factor."""
+
+    def rate_factor(self) -> float:
+        """What the schedule's learning rate is multiplied with in the step that is on."""
+        return 1.0
+
+    def step_ended(self) -> None:
+        """The step is counted."""
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
-        """An evaluation is over, and every other callback has seen it."""
+        """An evaluation is over, and everything else has seen it."""
 
     def finish(self) -> bool:
-        """The training is over and its result stands in the bank; whether it was changed once more."""
+        """The training is over and its result stands in the sites; whether it was changed once more."""
         return False
 
     # the record
-
-    def apply(self, changes: Mapping[str, Resize]) -> None:
-        """Change the sites, with optimizer and wrappers."""
-        lost = self.trainer.resize(changes)
-        if lost and self.trainer.is_world_process_zero():
-            name = self.trainer.args.optim
-            self.tell(f"the state of {name} can't follow a change of ranks: at {lost} parameters it begins anew")
 
     def note(self, step: int, moves: Moves, why: str, **more: Any) -> None:
         """Put a change of ranks on record."""
         change = describe(moves)
         row = {"step": step, "change": change, "why": why, **more}
         self.changes.append({**row, "ranks": {path: list(pair) for path, pair in moves.items()}})
-        if self.trainer.is_world_process_zero():
+        if self.host.main:
             self.write(self.changes[-1])
             self.tell(f"step {step}: {change}, {why}")
 
@@ -105,45 +159,29 @@ class Ranks(TrainerCallback):
         """What decisions depend on, as plain data."""
         return {}
 
-    def load(self, state: Mapping[str, Any], folder: Path) -> None:
-        """The inverse of `state`."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What decisions depend on, as tensors."""
+        return {}
+
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of both."""
 
     def save(self, folder: Path) -> None:
         """Write sizes, record and state into the folder of a checkpoint."""
-        slots = self.bank.slots(self.slot)
-        sites = {path: [rank_of(site, slot), slot.scale] for path, (site, slot) in slots.items()}
-        values = {"sites": sites, "changes": self.changes, "state": self.state()}
+        from safetensors.torch import save_file
+
+        values = {"sites": sizes(self.host.slots()), "changes": self.changes, "state": self.state()}
         (folder / RANKS).write_text(json.dumps(values) + "\n", encoding="utf-8")
+        if held := self.tensors():
+            save_file({name: tensor.cpu().contiguous() for name, tensor in held.items()}, folder / IMPORTANCE)
 
     def restore(self, folder: Path) -> None:
         """Go on where the checkpoint's run was; `fit` has been called."""
-        values = _read(folder)
+        from safetensors.torch import load_file
+
+        values, path = _read(folder), folder / IMPORTANCE
         self.changes = list(values["changes"])
-        self.load(values["state"], folder)
-
-    # help for the kinds
-
-    def _stopping(self) -> list[Any]:
-        """The callbacks that may end the run early; looked up each time, for a resumed trainer makes new ones."""
-        return [item for item in self.trainer.callback_handler.callbacks if isinstance(item, EarlyStoppingCallback)]
-
-    def _go_on(self) -> bool:
-        """Take early stopping back; whether it wanted to end the run."""
-        wanted = False
-        for item in self._stopping():
-            wanted = wanted or item.early_stopping_patience_counter >= item.early_stopping_patience
-            item.early_stopping_patience_counter = 0
-        if wanted:
-            self.trainer.control.should_training_stop = False
-        return wanted
-
-    def _agreed(self, value: T) -> T:
-        """The first process's value, on all."""
-        if self.trainer.args.world_size == 1:
-            return value
-        held = [value]
-        torch.distributed.broadcast_object_list(held, src=0, device=self.trainer.args.device)
-        return held[0]
+        self.load(values["state"], load_file(path) if path.exists() else {})
 
 
 class Growing(Ranks):
@@ -157,13 +195,12 @@ class Growing(Ranks):
         self.waited = self.cooling = 0
         self.due: dict[str, int] = {}
         self.last: int | None = None
-        self._rates: list[float] = []
 
     def state(self) -> dict[str, Any]:
         """Progress so far, and a growth that is due."""
         return {"best": self.best, "waited": self.waited, "cooling": self.cooling, "due": self.due, "last": self.last}
 
-    def load(self, state: Mapping[str, Any], folder: Path) -> None:
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """The inverse."""
         self.best, self.waited, self.cooling, self.last = (
             state[name] for name in ("best", "waited", "cooling", "last")
@@ -172,7 +209,7 @@ class Growing(Ranks):
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
         """Progress or not; a growth when there was none for long enough, or when the run would be stopped for it."""
-        step, name = self.trainer.state.global_step, self.schedule.metric
+        step, name = self.host.step, self.schedule.metric
         value = float(metrics[name])
         if self._is_progress(value):
             self.best, self.waited = value, 0
@@ -180,53 +217,48 @@ class Growing(Ranks):
             self.cooling -= 1
         else:
             self.waited += 1
-        wanted = any(item.early_stopping_patience_counter >= item.early_stopping_patience for item in self._stopping())
-        if not self._agreed(self.waited >= self.plan.patience or wanted) or step >= self._last_step():
+        if not self.host.agreed(self.waited >= self.plan.patience or self.host.stopping()) or step >= self._last_step():
             return
-        slots = self.bank.slots(self.slot)
+        slots = self.host.slots()
         new = {path: self._possible(path, *found) for path, found in slots.items()}
         self.due = {path: rank for path, rank in new.items() if rank > rank_of(*slots[path])}
         if not self.due:
             return
-        self._go_on()
+        self.host.go_on()
         stagnant = f"{name.replace('_', ' ')} {value:.4g} stagnant for {max(self.waited, 1)} evaluation{'s' if self.waited > 1 else ''}"
         moves = {path: (rank_of(*slots[path]), rank) for path, rank in self.due.items()}
         self.waited, self.cooling, self.last = 0, self.plan.cooldown, step
         self.note(step, moves, stagnant)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def step_begins(self) -> None:
         """Grow, if it is due."""
         if not self.due:
             return
-        spec, slots = self.bank.spec(self.slot), self.bank.slots(self.slot)
+        spec, slots = self.host.spec, self.host.slots()
         changes = {}
         for place, (path, rank) in enumerate(self.due.items()):
-            seed = stream_seed(self.seed, state.global_step, place, row=rank)
+            seed = stream_seed(self.seed, self.host.step, place, row=rank)
             change = grown(*slots[path], rank, rslora=spec.rslora, init=spec.init, seed=seed)
             if change is not None:
                 changes[path] = change
         self.due = {}
-        self.apply(changes)
+        self.host.resize(changes)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The short warm-up after a growth."""
-        since = None if self.last is None else state.global_step - self.last
-        self._rates = []
-        if since is None or since >= self.plan.warmup:
-            return
-        groups = self.trainer.optimizer.param_groups
-        self._rates = [group["lr"] for group in groups]
-        for group, rate in zip(groups, self._rates, strict=True):
-            group["lr"] = rate * (since + 1) / (self.plan.warmup + 1)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The schedule's rate again."""
-        for group, rate in zip(self.trainer.optimizer.param_groups if self._rates else (), self._rates, strict=True):
-            group["lr"] = rate
+    def rate_factor(self) -> float:
+        """The schedule begun anew, and the short warm-up, after a growth."""
+        if self.last is None:
+            return 1.0
+        step, steps, since = self.host.step, self.host.steps, self.host.step - self.last
+        factor = min(1.0, (since + 1) / (self.plan.warmup + 1))
+        usual = self.host.rate_at(step)
+        if self.plan.restart and usual > 0:
+            peak = self.schedule.warmup_steps
+            factor *= self.host.rate_at(peak + (steps - peak) * since / max(1, steps - self.last)) / usual
+        return factor
 
     def _last_step(self) -> float:
         """The step from which nothing grows any more."""
-        total = float(self.trainer.state.max_steps)
+        total = float(self.host.steps)
         return total if self.plan.until == 1 else self.plan.until * total
 
     def _is_progress(self, value: float) -> bool:
@@ -265,50 +297,40 @@ class Budgeting(Ranks):
         return sum(self.ranks().values()) <= self.goal
 
     def state(self) -> dict[str, Any]:
-        """Where it started; the scores are in a file of their own."""
+        """Where it started."""
         return {"begin": self.begin}
 
-    def save(self, folder: Path) -> None:
-        """With the scores."""
-        from safetensors.torch import save_file
-
-        super().save(folder)
+    def tensors(self) -> dict[str, Tensor]:
+        """The scores."""
         parts = {"sensitivity": self.importance.sensitivity, "uncertainty": self.importance.uncertainty}
-        tensors = {f"{part}:{name}": tensor.cpu() for part, held in parts.items() for name, tensor in held.items()}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / IMPORTANCE)
+        return {f"{part}:{name}": tensor for part, held in parts.items() for name, tensor in held.items()}
 
-    def load(self, state: Mapping[str, Any], folder: Path) -> None:
+    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """The inverse."""
-        from safetensors.torch import load_file
-
         self.begin = int(state["begin"])
-        devices = {path: slot.lora_A.device for path, (_, slot) in self.bank.slots(self.slot).items()}
-        for key, tensor in load_file(folder / IMPORTANCE).items():
+        devices = {path: slot.lora_A.device for path, (_, slot) in self.host.slots().items()}
+        for key, tensor in tensors.items():
             part, _, name = key.partition(":")
             held = self.importance.sensitivity if part == "sensitivity" else self.importance.uncertainty
             held[name] = tensor.to(devices[name.rpartition(":")[0]])
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the gradients of this step in."""
-        if state.global_step >= self.end or self.met():
-            return
-        scaled = self.trainer.accelerator.scaler is not None
-        for path, (_, slot) in self.bank.slots(self.slot).items():
-            for leaf, parameter in (("A", slot.lora_A), ("B", slot.lora_B)):
-                gradient = parameter.grad
-                if gradient is None or (scaled and not bool(torch.isfinite(gradient).all())):
-                    continue
-                self.importance.see(f"{path}:{leaf}", parameter, gradient)
+    def watches(self) -> bool:
+        """Until the ranks are final."""
+        return self.host.step < self.end and not self.met()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def saw(self, path: str, leaf: str, value: Tensor, gradient: Tensor) -> None:
+        """Score every entry."""
+        self.importance.see(f"{path}:{leaf}", value, gradient)
+
+    def step_ended(self) -> None:
         """Take away what the budget of this step has no room for."""
-        step = state.global_step
+        step = self.host.step
         due = self.first < step < self.end and (step - self.first) % self.every == 0
         if not (due or step == self.end) or not self.importance.sensitivity or self.met():
             return
-        slots, before = self.bank.slots(self.slot), self.ranks()
+        slots, before = self.host.slots(), self.ranks()
         budget = budget_at(step, self.first, self.end, self.begin, self.goal)
-        kept = self._agreed({path: index.cpu() for path, index in self._allocated(budget).items()})
+        kept = self.host.agreed({path: index.cpu() for path, index in self._allocated(budget).items()})
         changes = {
             path: kept_directions(index.to(slots[path][1].lora_A.device))
             for path, index in kept.items()
@@ -317,20 +339,21 @@ class Budgeting(Ranks):
         if not changes:
             return
         self._follow(changes)
-        self.apply(changes)
+        self.host.resize(changes)
         after = self.ranks()
         moves = {path: (before[path], after[path]) for path in changes}
         self.note(step, moves, f"budget {budget} of {self.begin} directions")
-        if self.met():
-            self._begin_anew(state)
+        if self.met():  # only what has the final ranks may be the best, and be waited for
+            self.host.forget_best()
+            self.host.go_on()
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
         """Nothing ends the run before the ranks are final."""
         if not self.met():
-            self._go_on()
+            self.host.go_on()
 
     def _allocated(self, budget: int) -> dict[str, Tensor]:
-        slots = self.bank.slots(self.slot)
+        slots = self.host.slots()
         scores, units = {}, {}
         for path, (site, slot) in slots.items():
             A, B = (self.importance.of(f"{path}:{leaf}") for leaf in "AB")
@@ -340,17 +363,12 @@ class Budgeting(Ranks):
 
     def _follow(self, changes: Mapping[str, Resize]) -> None:
         """Scores of directions that stay."""
-        slots = self.bank.slots(self.slot)
+        slots = self.host.slots()
         for path, change in changes.items():
             site, slot = slots[path]
             for held in (self.importance.sensitivity, self.importance.uncertainty):
                 A, B = _as_blocks(site, slot, held[f"{path}:A"], held[f"{path}:B"])
                 held[f"{path}:A"], held[f"{path}:B"] = change.A(A), change.B(B)
-
-    def _begin_anew(self, state: Any) -> None:
-        """Only what has the final ranks may be the best checkpoint, and be waited for."""
-        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        self._go_on()
 
 
 class Shrinking(Ranks):
@@ -358,27 +376,27 @@ class Shrinking(Ranks):
 
     plan: ShrinkBySpectrum
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def step_ended(self) -> None:
         """Shrink, if it is time."""
-        step, every = state.global_step, self.plan.every
-        if every and step >= self.plan.start * state.max_steps and step % every == 0 and step < state.max_steps:
+        step, steps, every = self.host.step, self.host.steps, self.plan.every
+        if every and step >= self.plan.start * steps and step % every == 0 and step < steps:
             self._shrink(step)
 
     def finish(self) -> bool:
         """Shrink the result."""
-        return self._shrink(self.trainer.state.global_step)
+        return self._shrink(self.host.step)
 
     def _cut(self, site: Site, slot: Slot) -> tuple[Resize, float] | None:
         limit, least = self.plan.limit, self.plan.min_rank
         return truncated(site, slot, energy=limit.get("energy"), error=limit.get("error"), least=least)
 
     def _shrink(self, step: int) -> bool:
-        slots, before = self.bank.slots(self.slot), self.ranks()
+        slots, before = self.host.slots(), self.ranks()
         found = {path: self._cut(*pair) for path, pair in slots.items()}
         changes = {path: item[0] for path, item in found.items() if item is not None}
         if not changes:
             return False
-        self.apply(changes)
+        self.host.resize(changes)
         after = self.ranks()
         lost = max(item[1] for item in found.values() if item is not None)
         (name, limit), *_ = self.plan.limit.items()
@@ -401,19 +419,26 @@ def fit(bank: Bank, slot: str, folder: Path) -> bool:
     Raises:
         RunError: the checkpoint doesn't say its sizes, or has other sites.
     """
-    sites = _read(folder)["sites"]
-    slots = bank.slots(slot)
+    sites, slots = _read(folder)["sites"], bank.slots(slot)
     if sites.keys() != slots.keys():
         raise RunError(
             f"{folder / RANKS}: this checkpoint has other sites than the model; base and spec must be those of the run"
         )
-    found = {path: fitted(*pair, int(sites[path][0]), float(sites[path][1])) for path, pair in slots.items()}
-    changes = {path: change for path, change in found.items() if change is not None}
+    changes = fits(slots, sites)
     if changes:
         bank.resize(slot, changes)
-        for path in changes:
-            slots[path][1].__dict__["scale"] = float(sites[path][1])  # not by way of a quotient
     return bool(changes)
+
+
+def sizes(slots: Mapping[str, tuple[Site, Slot]]) -> dict[str, list[float]]:
+    """Rank and scale of each site, as plain data."""
+    return {path: [rank_of(site, slot), slot.scale] for path, (site, slot) in slots.items()}
+
+
+def fits(slots: Mapping[str, tuple[Site, Slot]], wanted: Mapping[str, Sequence[float]]) -> dict[str, Resize]:
+    """What makes room for factors of other `sizes`; nothing where they are those that stand there."""
+    found = {path: fitted(*pair, int(wanted[path][0]), float(wanted[path][1])) for path, pair in slots.items()}
+    return {path: change for path, change in found.items() if change is not None}
 
 
 def describe(moves: Moves) -> str:

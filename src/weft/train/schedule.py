@@ -7,6 +7,7 @@ contradicts them is refused before anything starts. This module does not know th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from weft.errors import RecipeError
 from weft.train.adaptive import GrowOnPlateau
 from weft.train.recipe import CLASSIFYING, METRICS, Recipe
 
-__all__ = ["Facts", "Schedule", "learning_rate_for", "settle"]
+__all__ = ["Facts", "Schedule", "learning_rate_for", "rate_at", "settle"]
 
 FULL_RATE = 5e-5
 """Learning rate of full fine-tuning at a width of 2000, from which the rule starts."""
@@ -167,6 +168,18 @@ def _warmup(recipe: Recipe, steps: int) -> int:
             "never be reached; lower warmup_steps or warmup_ratio, or train longer"
         )
     return min(warmup, steps - 1)
+
+
+def rate_at(name: str, schedule: Schedule) -> Callable[[float], float]:
+    """The learning rate by step, whole or between two: exactly what transformers' scheduler of that name gives."""
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=schedule.learning_rate)
+    known = name if name != "constant" else "constant_with_warmup"
+    scheduler: Any = get_scheduler(known, optimizer, schedule.warmup_steps, schedule.steps)
+    factor = scheduler.lr_lambdas[0]
+    return lambda step: schedule.learning_rate * factor(step)
 
 
 def _precision(recipe: Recipe, facts: Facts) -> str:

@@ -26,11 +26,12 @@ from weft.train.offload import Parked, kept_away
 from weft.train.pair_settings import PAIR_KINDS
 from weft.train.progress import LogWriter, Progress, StopOnSignal
 from weft.train.quantized import unsaid
+from weft.train.rank_callback import TrainerHost
 from weft.train.ranks import ranks_for
 from weft.train.recipe import CLASSIFYING, Recipe
 from weft.train.recompute import checkpointing
 from weft.train.run import Folder, plain_json
-from weft.train.schedule import Schedule
+from weft.train.schedule import Schedule, rate_at
 from weft.train.trainer import AdapterTrainer, Setup
 
 __all__ = ["Outcome", "Session", "check_names", "plain_metrics", "training_arguments"]
@@ -154,7 +155,12 @@ class Session:
             keep=self.recipe.keep,
             loss_chunk=self.recipe.loss_chunk,
             ranks=ranks_for(
-                self.recipe.adaptive, self.bank, self.slot, self.schedule, self.recipe.seed, self._log_once, self._tell
+                self.recipe.adaptive,
+                TrainerHost(self.bank, self.slot, rate_at(self.recipe.schedule, self.schedule), self._tell),
+                self.schedule,
+                self.recipe.seed,
+                self._log_once,
+                self._tell,
             ),
             around=self._around,
             placed=self.parked is not None,

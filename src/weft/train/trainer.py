@@ -31,6 +31,7 @@ from weft.train import checkpoints
 from weft.train.chunked import ChunkedLoss
 from weft.train.moments import carry, rewrap
 from weft.train.not_finite import Place, bad_factors, bad_gradients, watched_outputs
+from weft.train.rank_callback import RankCallback, TrainerHost
 from weft.train.ranks import Ranks, fit
 from weft.train.schedule import Schedule
 from weft.train.scoring import Score, keeps_logits, losses, wanted_positions
@@ -110,7 +111,7 @@ class AdapterTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             compute_loss_func=_summed_loss if self._chunked is None else self._loss_in_parts,
-            callbacks=[_Epochs(setup.sampler), *callbacks, *([setup.ranks] if setup.ranks else [])],
+            callbacks=[_Epochs(setup.sampler), *callbacks, *([RankCallback(setup.ranks, self)] if setup.ranks else [])],
         )
         if self._chunked is not None and self.sharded:
             raise RecipeError(
@@ -120,7 +121,8 @@ class AdapterTrainer(Trainer):
         if setup.watch is not None:
             setup.watch.trainer = self
         if setup.ranks is not None:
-            setup.ranks.trainer = self
+            assert isinstance(setup.ranks.host, TrainerHost)
+            setup.ranks.host.trainer = self
             if self.sharded:
                 raise RecipeError(
                     "adaptive ranks need whole factors on each process, and FSDP or DeepSpeed cut them up; train with DDP, or leave adaptive out"
@@ -291,6 +293,11 @@ class AdapterTrainer(Trainer):
         lost = 0 if self.optimizer is None else carry(self.optimizer, swaps)
         rewrap(self.model_wrapped)
         return lost
+
+    def _get_learning_rate(self) -> float:
+        """Trainer's, as ranks that grew have it."""
+        ranks, rate = self.setup.ranks, super()._get_learning_rate()
+        return rate if ranks is None else rate * ranks.rate_factor()
 
     # the data
 

@@ -16,7 +16,6 @@ import weft
 from tests.unit.train.support import byte_base, moved, same
 from weft.core.bank import attach
 from weft.core.resizing import grown, kept_directions
-from weft.errors import RecipeError
 from weft.train import checkpoints, ranks
 from weft.train.moments import carry
 from weft.train.recipe import Recipe
@@ -239,8 +238,3 @@ def test_changes_in_words() -> None:
     assert ranks.describe({"a": (2, 4), "b": (2, 4), "c": (4, 8)}) == "rank 2 → 4 at 2 sites, rank 4 → 8 at 1 site"
     many = {str(k): (8, k) for k in range(1, 7)}
     assert ranks.describe(many) == "48 → 21 directions at 6 sites, ranks 8–8 → 1–6"
-
-
-def test_many_at_once_refuse_it(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="adaptive ranks"):
-        weft.train_many(data={"x": []}, recipe=RECIPE.replace(adaptive="grow"), out=tmp_path / "many")
