@@ -93,7 +93,8 @@ def plan(
     if save is not None:
         found.recipe.save(save)
     if advised is not None:
-        advised.timed(found.seconds)
+        rows = found.recipe.batch_size * found.recipe.accumulation
+        advised.timed(found.seconds, rows * found.seq_len)
     if json:
         return show.as_json(found.to_dict() | (advised.to_dict() if advised is not None else {}))
     show.result(found.text())

@@ -48,10 +48,10 @@ class Advised:
         else:
             self.recipe = recipe if own_rank else self.advice.recipe
 
-    def timed(self, seconds_per_step: float | None) -> None:
+    def timed(self, seconds_per_step: float | None, tokens_per_step: int) -> None:
         """Add the time of the run, where the machine was measured."""
         if seconds_per_step is not None:
-            self.advice = self.advice.at_speed(seconds_per_step)
+            self.advice = self.advice.at_speed(seconds_per_step, tokens_per_step)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, beside those of the plan."""

@@ -77,6 +77,10 @@ def train(
         raise Usage("give --data FILE, the examples to learn from")
     if (text_base is None) != (vision_base is None) or (text_base is not None and base is not None):
         raise Usage("give --text-base and --vision-base, two towers; or --base, one model")
+    if text_base is not None and fit is not None:
+        raise Usage(
+            "--fit plans a training of one model, and these are two towers; name the measures: --set batch_size=4"
+        )
     if not quiet:
         show_remarks()
     from weft import Recipe

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from weft.errors import BudgetError, WeftError
@@ -25,6 +26,9 @@ _EFFECT_PRICE = {EXACT: 0.0, ROUNDING: 0.25, OTHER: 1.0}
 SPLIT_PRICE = 0.02
 """Of one halving of the batch: more and smaller products."""
 
+MOVED = 16_000.0
+"""Operations that a GPU could do while one byte is moved between it and the CPU: 4e14 a second beside 25e9 bytes."""
+
 CHUNK = 1024
 
 
@@ -35,7 +39,7 @@ class Measure:
     Attributes:
         name: for people. changes: of the recipe.
         saving: bytes at the peak, against the recipe without it; below zero where it costs memory.
-        extra_flops: share of the step's floating point operations that it adds.
+        extra_flops: share of the step's floating point operations that it adds; what is moved counts by `MOVED`.
         effect: on the result: the same training, other rounding, another training.
         applies: it can be used here; else `why` says why not.
     """
@@ -114,14 +118,17 @@ def _measured(gauge: Gauge, recipe: Recipe, now: Memory, measure: Measure) -> Me
         return Measure(
             measure.name, measure.changes, effect=measure.effect, applies=False, why=str(problem).split(";")[0]
         )
+    extra = then.flops / now.flops - 1 if now.flops else 0.0
+    if "offload" in measure.changes and now.flops:  # there and back, in every forward of the step
+        moved = now.kept if "activations" in measure.changes["offload"] else now.weights - then.weights
+        extra += 2 * recipe.accumulation * moved * MOVED / now.flops
     return Measure(
-        measure.name, measure.changes, now.total - then.total, then.flops / now.flops - 1 if now.flops else 0.0,
-        measure.effect, measure.applies, measure.why,
-    )  # fmt: skip
+        measure.name, measure.changes, now.total - then.total, extra, measure.effect, measure.applies, measure.why
+    )
 
 
 @dataclass(frozen=True)
-class _Option:
+class Option:
     changes: dict[str, Any]
     price: float
 
@@ -130,8 +137,9 @@ def choose(gauge: Gauge, recipe: Recipe, budget: int, known: list[Measure]) -> t
     """The cheapest combination of measures that fits a budget.
 
     The price of a combination is what its measures add to the floating point operations of a step, each as computed alone, with
-    `SPLIT_PRICE` for each halving of the batch and `_EFFECT_PRICE` where the result changes. Combinations are tried from the cheapest on;
-    the step of each that is tried is followed, so that what is given back is known to fit.
+    `SPLIT_PRICE` for each halving of the batch and `_EFFECT_PRICE` where the result changes. Combinations are tried from the cheapest on, and
+    where there are many, those between the prices; around the first that fits, cheaper ones are looked for that differ in one measure or
+    two. The step of each that is tried is followed, so that what is given back is known to fit.
 
     Args:
         known: from `measures`.
@@ -142,29 +150,95 @@ def choose(gauge: Gauge, recipe: Recipe, budget: int, known: list[Measure]) -> t
     Raises:
         BudgetError: none fits; says by how much the smallest fails, and what would help most.
     """
-    axes = _axes(gauge, recipe, known)
-    everything = sorted(itertools.product(*axes), key=lambda found: sum(option.price for option in found))
-    smallest: tuple[Recipe, Memory] | None = None
-    for combination in _promising(everything, axes):
-        changed = _applied(recipe, combination)
-        if changed is None or gauge.least(changed) > budget:
-            continue
-        memory = gauge.memory(changed)
-        if memory.total <= budget:
-            rows = changed.eval_batch_size or changed.batch_size  # an evaluation of as many rows takes less than a step
-            return changed.replace(eval_batch_size=min(rows, changed.batch_size)), memory
-        if smallest is None or memory.total < smallest[1].total:
-            smallest = (changed, memory)
-    strongest = _applied(recipe, tuple(max(axis, key=lambda option: option.price) for axis in axes)) or recipe
-    least = gauge.memory(strongest)
-    if smallest is not None and smallest[1].total < least.total:
-        strongest, least = smallest
-    raise BudgetError(_too_small(gauge, recipe, strongest, least, budget))
+    axes = axes_of(gauge, recipe, known)
+    trial = Trial(gauge, recipe, axes, budget)
+    everything = sorted(itertools.product(*(range(len(axis)) for axis in axes)), key=trial.price)
+    chosen = next((places for places in _promising(everything) if trial.fits(places)), None) or trial.smaller()
+    if chosen is not None and trial.fits(chosen):
+        changed, memory = trial.tried[trial.cheaper(chosen)]
+        rows = changed.eval_batch_size or changed.batch_size  # an evaluation of as many rows takes less than a step
+        return changed.replace(eval_batch_size=min(rows, changed.batch_size)), memory
+    strongest, least = trial.tried[chosen] if chosen is not None else (recipe, gauge.memory(recipe))
+    raise BudgetError(_too_small(gauge, strongest, least, budget))
 
 
-def _axes(gauge: Gauge, recipe: Recipe, known: list[Measure]) -> list[list[_Option]]:
+Places = tuple[int, ...]
+"""A combination: the place of an option on each axis, 0 for none."""
+
+NEAR = 40
+"""Combinations around the first that fits, whose steps are followed in search of a cheaper one."""
+
+
+@dataclass
+class Trial:
+    """Combinations and whether they fit; the step of each is followed once."""
+
+    gauge: Gauge
+    recipe: Recipe
+    axes: list[list[Option]]
+    budget: int
+    tried: dict[Places, tuple[Recipe, Memory]] = field(default_factory=dict)
+
+    def price(self, places: Places) -> float:
+        return sum(axis[place].price for axis, place in zip(self.axes, places, strict=True))
+
+    def fits(self, places: Places) -> bool:
+        """Whether it can be, and fits; not followed where even what is there before a step is too much."""
+        changed = self._changed(places)
+        if changed is None or (places not in self.tried and self.gauge.least(changed) > self.budget):
+            return False
+        return self.total(places) <= self.budget
+
+    def total(self, places: Places) -> float:
+        """Bytes; infinite where measures contradict each other."""
+        changed = self._changed(places)
+        if changed is None:
+            return math.inf
+        if places not in self.tried:
+            self.tried[places] = (changed, self.gauge.memory(changed))
+        return self.tried[places][1].total
+
+    def smaller(self) -> Places | None:
+        """The smallest that was found, one measure after another; the first that fits, if one does."""
+        places: Places | None = min(self.tried, key=self.total, default=(0,) * len(self.axes))
+        while places is not None and not self.fits(places):
+            best = min(self._near(places, 1), key=self.total, default=places)
+            if self.total(best) >= self.total(places):
+                break
+            places = best
+        return places
+
+    def _changed(self, places: Places) -> Recipe | None:
+        return _applied(self.recipe, [axis[place] for axis, place in zip(self.axes, places, strict=True)])
+
+    def cheaper(self, places: Places) -> Places:
+        """The cheapest that was found by going on from one that fits, in steps of one or two measures."""
+        limit = len(self.tried) + NEAR
+        while True:
+            near = sorted(
+                (item for item in self._near(places) if self.price(item) < self.price(places)), key=self.price
+            )
+            better = next((item for item in near if len(self.tried) < limit and self.fits(item)), None)
+            if better is None:
+                return places
+            places = better
+
+    def _near(self, places: Places, steps: int = 2) -> set[Places]:
+        """Those that differ in so many measures at most."""
+        found = {places}
+        for _ in range(steps):
+            found |= {
+                (*item[:at], place, *item[at + 1 :])
+                for item in found
+                for at, axis in enumerate(self.axes)
+                for place in range(len(axis))
+            }
+        return found - {places}
+
+
+def axes_of(gauge: Gauge, recipe: Recipe, known: list[Measure]) -> list[list[Option]]:
     """Independent choices, each with "nothing" first."""
-    by_field: dict[str, list[_Option]] = {}
+    by_field: dict[str, list[Option]] = {}
     for measure in known:
         if (
             not measure.applies
@@ -174,30 +248,29 @@ def _axes(gauge: Gauge, recipe: Recipe, known: list[Measure]) -> list[list[_Opti
             continue
         axis = "precision" if {"mixed_precision", "dtype"} & set(measure.changes) else next(iter(measure.changes))
         price = max(0.0, measure.extra_flops) + _EFFECT_PRICE[measure.effect] + 0.001
-        if "offload" in measure.changes:
-            price += 0.5 if "activations" in measure.changes["offload"] else 2.0
-        by_field.setdefault(axis, []).append(_Option(measure.changes, price))
+        by_field.setdefault(axis, []).append(Option(measure.changes, price))
+    if len(alone := by_field.get("offload", [])) > 1:
+        both = tuple(dict.fromkeys(part for option in alone for part in option.changes["offload"]))
+        alone.append(Option({"offload": both}, sum(option.price for option in alone)))
     rows, split = recipe.batch_size, 1
-    splits: list[_Option] = []
+    splits: list[Option] = []
     while rows % (2 * split) == 0:
         split *= 2
         splits.append(
-            _Option(
+            Option(
                 {"batch_size": rows // split, "accumulation": recipe.accumulation * split},
                 SPLIT_PRICE * (len(splits) + 1),
             )
         )
     if rows > 1 and split < rows:
         splits.append(
-            _Option({"batch_size": 1, "accumulation": recipe.accumulation * rows}, SPLIT_PRICE * (len(splits) + 2))
+            Option({"batch_size": 1, "accumulation": recipe.accumulation * rows}, SPLIT_PRICE * (len(splits) + 2))
         )
-    nothing = _Option({}, 0.0)
+    nothing = Option({}, 0.0)
     return [[nothing, *options] for options in (splits, *by_field.values()) if options]
 
 
-def _promising(
-    everything: list[tuple[_Option, ...]], axes: list[list[_Option]], most: int = 40
-) -> Iterator[tuple[_Option, ...]]:
+def _promising(everything: list[Places], most: int = 40) -> Iterator[Places]:
     """Combinations from the cheapest on; a few dozen of them, evenly over the prices, so that a plan stays a matter of seconds."""
     yield from everything if len(everything) <= most else everything[: most // 2]
     rest = everything[most // 2 :] if len(everything) > most else []
@@ -205,7 +278,7 @@ def _promising(
     yield from rest[::step]
 
 
-def _applied(recipe: Recipe, combination: tuple[_Option, ...]) -> Recipe | None:
+def _applied(recipe: Recipe, combination: Iterable[Option]) -> Recipe | None:
     changes: dict[str, Any] = {}
     for option in combination:
         changes |= option.changes
@@ -215,7 +288,7 @@ def _applied(recipe: Recipe, combination: tuple[_Option, ...]) -> Recipe | None:
         return None
 
 
-def _too_small(gauge: Gauge, recipe: Recipe, strongest: Recipe, least: Memory, budget: int) -> str:
+def _too_small(gauge: Gauge, strongest: Recipe, least: Memory, budget: int) -> str:
     parts = sorted(((size, name) for name, size in least.parts.items()), reverse=True)
     helps = {
         "weights": "a smaller base, or weights of fewer bits (quantize=nf4)"

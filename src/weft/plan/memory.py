@@ -79,13 +79,22 @@ class Gauge:
     Attributes:
         subject: base and spec. seq_len: tokens of a row. padded: rows differ in length, so that a mask has to be made.
         whole: trace every layer; the slow, obvious reference.
+        overhead: bytes before the model; None: as it is now, before anything is traced.
     """
 
     subject: Subject
     seq_len: int
     padded: bool = True
     whole: bool = False
+    overhead: int | None = None
     _courses: dict[Any, Course] = field(default_factory=dict, repr=False)
+
+    @property
+    def before(self) -> int:
+        """Bytes before the model."""
+        if self.overhead is None:
+            self.overhead = _overhead(self.subject.device)
+        return self.overhead
 
     def memory(self, recipe: Recipe) -> Memory:
         """Bytes at the highest moment of a training with this recipe.
@@ -93,7 +102,7 @@ class Gauge:
         Raises:
             PlanError: the step of this model can't be followed without data.
         """
-        built, course = self.subject.built(recipe), self.course(recipe)
+        before, built, course = self.before, self.subject.built(recipe), self.course(recipe)
         trained, device = built.trained, self.subject.device
         state, buffers = optimizer_bytes(trained, recipe.optimizer, device)
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
@@ -105,7 +114,7 @@ class Gauge:
         weights, unpacked = self.weights(recipe)
         parts["temporary"] += unpacked
         return Memory(
-            weights=weights, factors=built.counts.factors, overhead=_overhead(device), when=peak.phase, kept=int(sum(course.kept)),
+            weights=weights, factors=built.counts.factors, overhead=before, when=peak.phase, kept=int(sum(course.kept)),
             flops=course.flops() * recipe.accumulation, forward_flops=course.flops("forward", "loss") * recipe.accumulation, **parts,
         )  # fmt: skip
 
@@ -113,7 +122,7 @@ class Gauge:
         """Bytes that are there before any step: weights, factors, optimizer state, overhead."""
         built, device = self.subject.built(recipe), self.subject.device
         state, _ = optimizer_bytes(built.trained, recipe.optimizer, device)
-        return self.weights(recipe)[0] + built.counts.factors + state + _overhead(device)
+        return self.weights(recipe)[0] + built.counts.factors + state + self.before
 
     def counts(self, recipe: Recipe) -> Counts:
         """Numbers of the base and of the adapter."""
@@ -180,9 +189,9 @@ class Gauge:
 
 
 def quantized(counts: Counts, kind: str) -> int:
-    """Bytes of the linear weights in int8 (one a number, a float32 a row) or nf4 (half a byte, a float32 for 64 numbers)."""
+    """Bytes of the linear weights: int8 takes one a number and a float32 a row; nf4 half a byte, a byte a block of 64, a float32 for 256 of those."""
     numbers, rows, _ = counts.linear
-    return numbers + 4 * rows if kind == "int8" else numbers // 2 + numbers // 64 * 4
+    return numbers + 4 * rows if kind == "int8" else numbers // 2 + numbers // 64 + numbers // 4096
 
 
 def _overhead(device: str) -> int:

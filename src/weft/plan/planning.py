@@ -147,11 +147,11 @@ def plan(
     whole = None
     if full:
         plain = chosen.replace(quantize=None, freeze_below=None, loss_chunk=None, offload=[])
-        whole = Gauge(Subject(config, None, where, labels), length, padded).memory(plain)
+        whole = Gauge(Subject(config, None, where, labels), length, padded, overhead=gauge.before).memory(plain)
     speed = calibrate(where, gauge.precision(chosen), chosen.dtype) if measure else None
     return Plan(
         model=type(gauge.subject.built(chosen).model).__name__, seq_len=length, device=where, counts=gauge.counts(chosen), bytes=found,
-        full=whole, given=given, measures=tuple(known), recipe=chosen, original=recipe, budget=limit,
+        full=whole, given=given, measures=tuple(known) if table else (), recipe=chosen, original=recipe, budget=limit,
         seconds=found.flops / speed.flops if speed else None, speed=speed,
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 import torch
@@ -108,13 +109,15 @@ class RankAdvice:
         """Of an adapter of the recommended rank."""
         return sum(min(self.rank, site.most) * site.numbers for site in self.spectra)
 
-    def at_speed(self, seconds_per_step: float) -> RankAdvice:
+    def at_speed(self, seconds_per_step: float, tokens_per_step: int | None = None) -> RankAdvice:
         """The same, with the time that the run takes.
 
         Args:
             seconds_per_step: of an optimizer step, as it was measured.
+            tokens_per_step: of that step, whose rows may be longer than those of the data; None: as long.
         """
-        return dataclasses.replace(self, seconds=seconds_per_step * self.steps)
+        share = 1.0 if tokens_per_step is None else min(1.0, self.tokens / (self.steps * tokens_per_step))
+        return dataclasses.replace(self, seconds=seconds_per_step * self.steps * share)
 
     def spend(self, budget: str | int) -> Spending:
         """Ranks by site within a budget of bytes; see `weft.plan.budget.spend`."""
@@ -151,13 +154,17 @@ class RankAdvice:
         """The advice for people: the rank, each rule's reason, the run, and how to start it."""
         trained = self.num_parameters
         lines = [
-            f"rank {self.rank}, the middle one of three rules ({trained:,} numbers, {in_words(trained * ITEMSIZE)} as a file, "
-            f"{in_words(trained * STATE)} in training with AdamW)",
-            *(f"  {rule.name:8}  rank {rule.rank:>3}: {rule.reason}" for rule in self.rules),
-            f"learning rate {self.rate_reason}",
-            f"{self.data.examples:,} examples, {self.epochs:.3g} epochs: {self.steps:,} steps, {self.tokens:,} tokens"
-            + (f", about {_time(self.seconds)}" if self.seconds is not None else ""),
-            *_busiest(self.spectra),
+            f"rank {self.rank}, the middle one of three rules:",
+            *(
+                line
+                for rule in self.rules
+                for line in _wrapped(f"  {rule.name:8}  rank {rule.rank:>3}: {rule.reason}", 12)
+            ),
+            f"{trained:,} numbers: {in_words(trained * ITEMSIZE)} as a file, {in_words(trained * STATE)} in training with AdamW",
+            *_wrapped(f"learning rate {self.rate_reason}", 2),
+            f"{self.data.examples:,} examples, {self.epochs:.3g} epoch{'' if self.epochs == 1 else 's'}: {self.steps:,} steps, {self.tokens:,} tokens"
+            + (f", at least {_time(self.seconds)}" if self.seconds is not None else ""),
+            *(line for said in _busiest(self.spectra) for line in _wrapped(said, 2)),
             self.command(),
         ]
         return "\n".join(lines)
@@ -318,6 +325,10 @@ def _busiest(spectra: Sequence[SiteSpectrum], count: int = 3) -> list[str]:
     first = sorted(spectra, key=lambda site: -site.total)[:count]
     return [f"most of the gradient is at {', '.join(f'{site.path} ({site.total / total:.0%})' for site in first)}; "
             "--sites BYTES spends a budget by site"]  # fmt: skip
+
+
+def _wrapped(line: str, indent: int) -> list[str]:
+    return wrap(line, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _time(seconds: float) -> str:

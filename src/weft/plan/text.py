@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from weft.plan.sizes import in_words
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from weft.plan.planning import Plan
 
 __all__ = ["text"]
+
+_WIDTH = 80
 
 _PARTS = {
     "weights": "weights of the base", "factors": "factors", "gradients": "gradients", "optimizer": "optimizer state",
@@ -24,20 +27,21 @@ def text(plan: Plan) -> str:
         f", {recipe.accumulation} times" if recipe.accumulation > 1 else ""
     )
     lines = [
-        f"{plan.model}: {counts.base:,} parameters, {counts.layers} layers; {counts.trained:,} to train at {counts.sites} sites "
-        f"({counts.trained / counts.base:.2%} of full training's)",
-        f"a step: {rows}, on {'a GPU' if plan.device == 'cuda' else 'the CPU'}; {plan.flops:.3g} floating point operations"
-        + (
-            f", about {plan.seconds:.3g} s ({plan.speed.flops:.3g} a second measured)"
-            if plan.seconds and plan.speed
-            else ""
-        ),
-        "",
-        *_memory(plan),
+        f"{plan.model}: {counts.base:,} parameters" + (f", {counts.layers} layers" if counts.layers else ""),
+        f"LoRA trains {counts.trained:,} of them at {counts.sites} sites: {counts.trained / counts.base:.2%}, {in_words(counts.factors)} as a file"
+        if counts.sites
+        else f"trained: {counts.trained:,}",
+        f"a step: {rows}, on {'a GPU' if plan.device == 'cuda' else 'the CPU'}; {plan.flops:.3g} floating point operations",
     ]
+    if plan.seconds and plan.speed:
+        lines.append(
+            f"  at least {plan.seconds:.3g} s: products alone, {plan.speed.flops:.3g} a second as measured here"
+        )
+    lines += ["", *_memory(plan)]
     if plan.budget is not None:
         changed = ", ".join(f"{name}={value}" for name, value in plan.changes.items())
-        lines += ["", f"budget {in_words(plan.budget)}: " + (f"fits with {changed}" if changed else "fits as it is")]
+        said = f"budget {in_words(plan.budget)}: " + (f"fits with {changed}" if changed else "fits as it is")
+        lines += ["", *wrap(said, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)]
     if plan.measures:
         lines += ["", "Each measure alone:", *_measures(plan)]
     return "\n".join(lines)
@@ -54,18 +58,21 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _measures(plan: Plan) -> list[str]:
-    table = [["measure", "saves", "of all", "more computing", "result", ""]]
+    """What is known of each as a table, and why the others can't be used."""
+    table = [["measure", "saves", "of all", "computing", "result"]]
     for measure in plan.measures:
-        known = measure.applies or measure.saving
-        table.append([
-            measure.name,
-            in_words(measure.saving) if known and measure.saving >= 0 else f"-{in_words(-measure.saving)}" if known else "",
-            f"{measure.saving / plan.given.total:.0%}" if known else "",
-            f"{measure.extra_flops:+.0%}" if known else "",
-            measure.effect if known else "",
-            measure.why,
-        ])  # fmt: skip
-    return _aligned(table, left={0, 4, 5})
+        if measure.applies or measure.saving:
+            sign = "-" if measure.saving < 0 else ""
+            share = measure.saving / plan.given.total
+            size = f"{sign}{in_words(abs(measure.saving))}"
+            table.append([measure.name, size, f"{share:.0%}", f"{measure.extra_flops:+.0%}", measure.effect])
+    without = [f"not here: {measure.name} ({measure.why})" for measure in plan.measures if not measure.applies]
+    if any("offload" in measure.changes and measure.applies for measure in plan.measures):
+        without.insert(0, "off-loaded: what is moved counts as what a GPU could compute meanwhile")
+    return [
+        *_aligned(table, left={0, 4}),
+        *(line for text in without for line in wrap(text, _WIDTH, subsequent_indent="  ")),
+    ]
 
 
 def _aligned(table: list[list[str]], left: set[int] | None = None) -> list[str]:

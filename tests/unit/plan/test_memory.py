@@ -58,6 +58,32 @@ def test_weights_factors_gradients_and_adams_state_are_exact() -> None:
     assert memory.total == memory.own + memory.overhead == sum(memory.parts.values())
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_weights_take_what_bitsandbytes_makes_of_them(kind: str) -> None:
+    """As closed sums, and as the library's own tensors."""
+    pytest.importorskip("bitsandbytes")
+    from weft.train.quantized import quantise
+
+    config = LLAMA | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128}
+    measured = gauge(config, LoraSpec(rank=2))
+    memory = measured.memory(Recipe(quantize=kind))
+    d, h, kv = 64, 128, 32
+    numbers, rows = 2 * (2 * d * d + 2 * kv * d + 3 * d * h), 2 * (3 * d + 2 * kv + 2 * h)
+    held = numbers + 4 * rows if kind == "int8" else numbers // 2 + numbers // 64 + numbers // 4096
+    rest = 4 * (2 * 64 * d + 5 * d) + 2 * 4 * 8
+    assert memory.weights == held + rest
+    model = type(skeleton(find_config(config)))._from_config(find_config(config))  # type: ignore[attr-defined]
+    quantise(model, kind)
+    found: dict[int, int] = {}
+    for module in model.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            state = getattr(tensor, "quant_state", None)
+            parts = [tensor, getattr(tensor, "SCB", None)]
+            parts += [] if state is None else [state.absmax, state.state2.absmax]
+            found |= {part.data_ptr(): part.untyped_storage().nbytes() for part in parts if part is not None}
+    assert memory.weights == pytest.approx(sum(found.values()), rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("config", "changes"),
     [(LLAMA, {}), (LLAMA, {"gradient_checkpointing": 3}), (GEMMA3, {"dtype": "bfloat16"}), (LLAMA, {"freeze_below": 2, "accumulation": 2})],
