@@ -17,7 +17,7 @@ __all__ = ["measure"]
 
 RANKS, SEEDS = (1, 2, 4, 8, 16, 32, 64), (0, 1, 2)
 TRAIN, EVAL = 2000, 96
-GROW = weft.GrowOnPlateau(max_rank=64, patience=1, min_change=0.01)
+GROW = weft.GrowOnPlateau(max_rank=64, patience=1, min_change=0.01, restart=False)
 RECIPE = {
     "kind": "text",
     "max_length": 64,

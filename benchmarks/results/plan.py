@@ -43,6 +43,7 @@ CASES: tuple[dict[str, Any], ...] = (
     {"name": "Llama", "config": LLAMA, "recipe": {"freeze_below": 4, "dropout": 0.1}},
     {"name": "Llama", "config": LLAMA, "recipe": {"dora": True}, "rank": 8},
     {"name": "Llama, 20 layers", "config": LLAMA | {"num_hidden_layers": 20}, "rows": 1, "recipe": {"dtype": "bfloat16"}},
+    {"name": "Llama", "config": LLAMA, "rank": 64, "recipe": {"optimizer": "adafactor", "gradient_checkpointing": True, "loss_chunk": 64}},
     {"name": "Qwen2, large vocabulary", "config": QWEN},
     {"name": "GPT-2", "config": GPT2, "seq": 192},
     {"name": "Mixtral, 4 experts", "config": MIXTRAL},
@@ -50,7 +51,11 @@ CASES: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 """Settings of the trainings; rank 16 at all linear layers, 2 rows of 192 tokens, float32, unless it says something else."""
 
-THROUGH_TRAIN = {"name": "Llama, through weft.train", "config": LLAMA | {"num_hidden_layers": 8}, "train": True}
+THROUGH_TRAIN: tuple[dict[str, Any], ...] = (
+    {"name": "Llama, through weft.train", "config": LLAMA, "train": True},
+    {"name": "Llama, through weft.train", "config": LLAMA, "train": True, "recipe": {"quantize": "int8"}},
+    {"name": "Llama, through weft.train", "config": LLAMA, "train": True, "recipe": {"quantize": "nf4"}},
+)
 
 
 def recipe_of(case: dict[str, Any]) -> Any:
@@ -143,9 +148,7 @@ def run_one(case: dict[str, Any], meter: str) -> int:
         "n_embd": 96,
         "vocab_size": 256,
         "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "n_layer": 1,
-    }
+    }  # as many layers, which recipes count
     tiny = (
         config
         | {name: value for name, value in small.items() if name in config}
@@ -179,7 +182,7 @@ def run_once(case: dict[str, Any]) -> None:
     from transformers import Trainer, TrainerCallback
 
     from weft.core.bank import attach
-    from weft.train.recompute import checkpointing
+    from weft.train.recompute import above, checkpointing
     from weft.train.run import Folder
     from weft.train.schedule import Facts, settle
     from weft.train.session import training_arguments
@@ -218,7 +221,7 @@ def run_once(case: dict[str, Any]) -> None:
                 model, arguments, train_dataset=Rows(), data_collator=collate, callbacks=[], compute_loss_func=_loss
             ).train()
             return
-        bank = attach(model, {"t": recipe.spec}, seed=0)
+        bank = attach(model, {"t": above(model, recipe.spec, recipe.freeze_below)}, seed=0)
         setup = Setup(bank, "t", schedule, InOrder(Rows()), [], keep=1, loss_chunk=recipe.loss_chunk)
         silent: list[TrainerCallback] = []
         with checkpointing(model, recipe):
@@ -287,7 +290,7 @@ def measure(shared: Path, folder: Path) -> dict[str, Any]:
     """Plan and measure every case on the CPU; in one process, for the allocator's bytes are those of the case alone."""
     rows, errors = [], []
     page: dict[str, Any] = {}
-    for case in (*CASES, THROUGH_TRAIN):
+    for case in (*CASES, *THROUGH_TRAIN):
         plan, real = planned(case), run_one(case, "allocated")
         errors.append(plan["bytes"] / real - 1)
         rows.append([*_label(case), plan["bytes"] / 1e6, real / 1e6, f"{errors[-1]:+.1%}"])
