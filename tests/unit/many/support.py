@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from weft.adapter import Adapter
 
-__all__ = ["furthest", "user_rows"]
+__all__ = ["furthest", "steps_of", "user_rows"]
 
 
 def user_rows(number: int, count: int | None = None) -> list[dict[str, str]]:
@@ -29,3 +32,9 @@ def furthest(left: Adapter, right: Adapter) -> tuple[float, float]:
         max(float((mine[name] - theirs[name]).abs().max()) for name in mine),
         max(float(tensor.abs().max()) for tensor in theirs.values()),
     )
+
+
+def steps_of(log: Iterable[Mapping[str, Any]]) -> list[tuple[int, str]]:
+    """Steps of a log with what is said of them: losses, evaluations and changes of ranks, which a run alone has beside numbers by site."""
+    kinds = ("loss", "eval_loss", "change")
+    return [(row["step"], kind) for row in log for kind in kinds if kind in row]

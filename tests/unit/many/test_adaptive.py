@@ -14,7 +14,7 @@ from torch import nn
 
 import weft
 from tests.tolerances import TOLERANCES
-from tests.unit.many.support import furthest, user_rows
+from tests.unit.many.support import furthest, steps_of, user_rows
 from tests.unit.train.support import byte_base
 from weft.core.pool import Pool
 from weft.core.resizing import grown, kept_directions
@@ -65,7 +65,7 @@ def test_ranks_change_together_as_alone(tmp_path: Path) -> None:
         assert error <= allowed.atol + allowed.rtol * size, f"{name}: off by {error:.3g} of {size:.3g}"
         assert (ours.steps, ours.best_step, ours.stopped) == (theirs.steps, theirs.best_step, theirs.stopped), name
         assert ours.adapter == pytest.approx(theirs.adapter, rel=1e-6), name
-        assert [row["step"] for row in together[name].log] == [row["step"] for row in alone.log], name
+        assert steps_of(together[name].log) == steps_of(alone.log), name
         assert together[name].adapter.spec.rank_pattern == alone.adapter.spec.rank_pattern
 
 
