@@ -35,13 +35,13 @@ RECIPE = Recipe(
             "vision_model": LoraSpec(rank=8, targets=("conv1", "conv2")),
         }
     ),
-    max_steps=100,
+    max_steps=240,
     batch_size=60,
     learning_rate=5e-3,
-    eval_every=50,
+    eval_every=80,
     two_tower={"dim": 64},  # type: ignore[arg-type]
 )
-TRAINED, ASKED, GREY = 10, 5, 1200
+TRAINED, ASKED, GREY = 16, 5, 1200
 """Pictures of each caption to learn, and of each to find; grey ones for the vision base."""
 
 SHOWN = 5

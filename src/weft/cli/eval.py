@@ -64,18 +64,20 @@ def evaluate(
     Of texts and images: recall at 1, 5 and 10 both ways, and zero-shot accuracy with class prompts. Else
     loss and perplexity; exact match, BLEU and ROUGE of generated answers; accuracy and F1 of classifications.
     """
-    if run is not None and adapter is not None:
-        raise Usage("give the run, or --adapter; one of them")
     if run is not None:
         from weft.train.pair_evaluation import evaluate_pairs, is_pair_run
 
         if is_pair_run(run):
             names = None if classes is None else [name.strip() for name in classes.split(",") if name.strip()]
             pairs = evaluate_pairs(
-                run, data, images=images, classes=names, template=template, columns=columns_of(columns), dtype=dtype,
+                run, data, images=images, adapter=adapter, classes=names, template=template, columns=columns_of(columns), dtype=dtype,
                 allow_other_base=other, progress=show.progress(quiet),
             )  # fmt: skip
             return show.as_json(pairs.to_dict()) if json else show.result(pairs.text())
+        if adapter is not None:
+            raise Usage(
+                "give the run, or --adapter; one of them (both for runs on texts and images alone: the run says what the towers are)"
+            )
         adapter = run
     from weft import evaluate as run_evaluation
 

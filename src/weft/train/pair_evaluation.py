@@ -43,6 +43,7 @@ def evaluate_pairs(
     *,
     images: str | os.PathLike[str] | None = None,
     base: Any = None,
+    adapter: Any = None,
     classes: Sequence[str] | None = None,
     template: str = TEMPLATE,
     columns: Mapping[str, str] | None = None,
@@ -57,6 +58,7 @@ def evaluate_pairs(
         run: the run folder.
         data, images, columns: as in `weft.train`.
         base: the towers, where the run's were objects or stand elsewhere now.
+        adapter: another one than the run's, as a mixture or a shrunken one: an `Adapter` or a path.
         classes: names for zero-shot classification; None: those of the data's labels, if it has any.
         template: what is said of a class, with ``{}`` for its name.
         batch_size: pairs in one forward.
@@ -69,12 +71,12 @@ def evaluate_pairs(
         RunError: no finished run on pairs. DataError: see `weft.data.pairs.load_pairs`; a class that the data don't have.
         BaseMismatchError: the towers are others than those of the run.
     """
-    with _opened(run, data, images, base, columns, dtype, allow_other_base) as (
+    with _opened(run, data, images, base, columns, dtype, allow_other_base, adapter) as (
         bank,
         processor,
         recipe,
         pairs,
-        adapter,
+        used,
     ):
         if "{}" not in template:
             raise DataError(f"template={template!r}: expected a text with {{}} for the name of the class")
@@ -84,7 +86,7 @@ def evaluate_pairs(
             with counter("before" if name is None else "after", len(pairs), progress) as tick:
                 sides.append(_measured(bank.model, processor, recipe, pairs, classes, template, batch_size, tick))
     facts = {"source": pairs.source, "digest": pairs.digest, "summary": pairs.summary()}
-    return Evaluation(sides[0], sides[1], recipe.kind, len(pairs), digest=adapter.digest, data=facts, notes=pairs.notes)
+    return Evaluation(sides[0], sides[1], recipe.kind, len(pairs), digest=used.digest, data=facts, notes=pairs.notes)
 
 
 def embedded_pairs(
@@ -123,6 +125,7 @@ def _opened(
     columns: Mapping[str, str] | None,
     dtype: str | None,
     allow_other_base: bool,
+    given: Any = None,
 ) -> Iterator[tuple[Bank, PairProcessor, Recipe, Pairs, Adapter]]:
     """The towers of a run with its adapter loaded as ``run``, and the pairs."""
     from weft.formats import load
@@ -135,12 +138,14 @@ def _opened(
             f"{run}: trained with kind={recipe.kind!r}, not on texts and images; weft eval --adapter {run} evaluates it"
         )
     adapter = load(folder.adapter)
+    labels = next((list(part["labels"]) for part in adapter.provenance.data if part.get("labels")), None)
+    if given is not None:
+        adapter = given if isinstance(given, Adapter) else load(given)
     base = folder.read_environment().get("inputs", {}).get("base") if base is None else base
     if base is None or (isinstance(base, str) and base == "(given)"):
         raise RunError(
             f"{run}: its towers were objects, which can't be read from the folder; give base={{'text_model': …, 'vision_model': …}}"
         )
-    labels = next((list(part["labels"]) for part in adapter.provenance.data if part.get("labels")), None)
     fused = recipe.kind == "fused"
     pairs = load_pairs(data, images, columns=columns, labelled=fused, labels=labels if fused else None)
     model, processor = open_towers(recipe, base, len(labels or ()) if fused else None, dtype)

@@ -218,7 +218,6 @@ def _train_pairs(call: _Call, job: _Job) -> Run:
     """Texts and images: two towers, or a CLIP-like model."""
     check_pair_base(job.recipe, job.base)
     pairs = read_pairs(job.recipe, job.data, job.eval_data, job.images)
-    call.say(pairs.train.summary(), *([pairs.evaluated.summary()] if pairs.evaluated else []))
     model, processor = open_towers(
         job.recipe, job.base, len(pairs.train.labels) or None if pairs.kind == "fused" else None, dtype_of(job.recipe)
     )
