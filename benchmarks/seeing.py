@@ -88,7 +88,10 @@ def loading(rounds: int, side: int, width: int, count: int = 128, rank: int = 8)
         "bar": LOAD_BAR,
         **{name: statistics.median(values) for name, values in found.items()},
         "spread": {name: [min(values), max(values)] for name, values in found.items()},
-        "microseconds": {"first": round(1e6 * first), "later": round(1e6 * statistics.median(times["weft"]) / count)},
+        "milliseconds": {
+            "first": round(1e3 * first, 3),
+            "later": round(1e3 * statistics.median(times["weft"]) / count, 3),
+        },
     }
 
 
