@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from weft.drawing import document
+
 __all__ = ["heatmap"]
 
 CELL, LEFT, TOP = 18, 150, 150
@@ -45,8 +47,7 @@ def heatmap(names: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
             f'<text x="{x:.0f}" y="{y + 24}" font-size="10" text-anchor="middle" fill="#374151">{share * most:+.2f}</text>'
         )
     width, height = LEFT + size + 90, y + 40
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="system-ui, sans-serif">'
-    return "\n".join([head, f'<rect width="{width}" height="{height}" fill="white"/>', *parts, "</svg>"]) + "\n"
+    return document(parts, width, height, size=f'width="{width}"')
 
 
 def _color(share: float) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from weft.drawing import document
+
 __all__ = ["plot"]
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 420, 64, 210, 44, 52
@@ -47,10 +49,7 @@ def plot(curves: Mapping[str, Mapping[int, float]], advised: Mapping[str, int], 
     )
     for number, (name, curve) in enumerate(curves.items()):
         body += _curve(number, name, curve, advised[name], best[name], (x, y))
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif">'
-    )
-    return "\n".join([head, f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>', *body, "</svg>"]) + "\n"
+    return document(body, WIDTH, HEIGHT)
 
 
 def _curve(number: int, name: str, curve: Mapping[int, float], advised: int, best: int, places: Sequence) -> list[str]:  # type: ignore[type-arg]

@@ -8,7 +8,6 @@ A run folder is looked at by its log, at any time, also of a run that was killed
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
@@ -19,9 +18,10 @@ from typing import Any
 
 from weft.adapter import Adapter
 from weft.diagnosis import Finding, Record, examine, worst_first
-from weft.errors import BaseMismatchError, RunError
-from weft.identity import fingerprint
-from weft.train.opening import BaseLike, open_base, trained_format
+from weft.diagnosis.adapters import diagnose_adapter
+from weft.errors import RunError
+from weft.train.opening import BaseLike
+from weft.train.page import base_of
 from weft.train.run import Folder, Run
 from weft.train.watching import Watch
 
@@ -149,29 +149,7 @@ def _row(line: str) -> dict[str, Any] | None:
 
 
 def _of_adapter(adapter: Adapter, base: BaseLike, dtype: str | None) -> list[Finding]:
-    """The rules on an adapter, by itself or with its base.
-
-    Raises:
-        BaseMismatchError: it was made for another base.
-    """
-    if base is None:
-        return _by_itself(adapter, None)
-    trained = trained_format(adapter)
-    model, _ = open_base(base, labels=trained.get("labels"), dtype=dtype, kind=trained.get("kind"))
-    made_for = adapter.provenance.base
-    odd = [] if made_for is None else fingerprint(model).differences(made_for)
-    if made_for is not None and odd:
-        raise BaseMismatchError(
-            f"this adapter was made for another base ({made_for.name or 'no name'}): {'; '.join(odd)}; give that one, or leave --base out"
-        )
-    return _by_itself(adapter, model)
-
-
-def _by_itself(adapter: Adapter, model: Any) -> list[Finding]:
-    if importlib.util.find_spec("weft.diagnosis.adapters") is None:
-        return []
-    found: list[Finding] = importlib.import_module("weft.diagnosis.adapters").diagnose_adapter(adapter, model)
-    return found
+    return diagnose_adapter(adapter, base_of(adapter, base, dtype))
 
 
 def _some_runs(place: Path) -> str:

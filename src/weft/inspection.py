@@ -16,21 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from weft import sources
 from weft.adapter import Adapter
-from weft.core.factors import Factors
+from weft.core.factors import Factors, effective_rank
 from weft.errors import FormatError
 from weft.train.opening import BaseLike, open_base, trained_format
 from weft.train.proof import ProofReport, prove
 from weft.train.run import Report, Run
 
-__all__ = ["Inspection", "SiteFacts", "SiteGroup", "effective_rank", "inspect_adapter", "prove_adapter"]
-
-_NOTHING = 1e-6
-"""‖ΔW‖ below this share of |scale|·‖B‖·‖A‖ is rounding, not training."""
+__all__ = ["Inspection", "SiteFacts", "SiteGroup", "inspect_adapter", "prove_adapter"]
 
 
 @dataclass(frozen=True)
@@ -176,31 +170,7 @@ def prove_adapter(
     return prove(adapter, model, allow_other_base=allow_other_base)
 
 
-def effective_rank(values: Tensor) -> float:
-    """How many directions an update really uses: the exponential of the entropy of its singular values.
-
-    Args:
-        values: (r,) singular values, or (E, r): the mean over E.
-
-    Returns:
-        Between 1 and r; 0 for a zero update.
-
-    Source:
-        Roy and Vetterli 2007, The effective rank: a measure of effective dimensionality.
-
-    Example:
-        >>> effective_rank(torch.tensor([2.0, 2.0, 0.0])), effective_rank(torch.tensor([5.0, 0.0]))
-        (2.0, 1.0)
-    """
-    shares = values.double() / values.double().sum(-1, keepdim=True)
-    ranks = torch.special.entr(shares.nan_to_num(0.0)).sum(-1).exp() * (values.sum(-1) > 0)
-    mean = float(ranks.mean())
-    return round(mean, 6)
-
-
 def _facts(path: str, factors: Factors) -> SiteFacts:
-    norm = factors.norm()
-    trained = norm > _NOTHING * abs(factors.scale) * float(factors.A.double().norm() * factors.B.double().norm())
     experts = tuple(factors.A.shape[:-2])
     return SiteFacts(
         path=path,
@@ -209,9 +179,9 @@ def _facts(path: str, factors: Factors) -> SiteFacts:
         rank=factors.rank,
         scale=factors.scale,
         parameters=factors.num_parameters,
-        norm=norm,
-        effective_rank=effective_rank(factors.spectrum()) if trained else 0.0,
-        trained=trained or factors.magnitude is not None,
+        norm=factors.norm(),
+        effective_rank=effective_rank(factors.spectrum()) if factors.moved else 0.0,
+        trained=factors.moved or factors.magnitude is not None,
     )
 
 

@@ -10,9 +10,9 @@ import torch
 
 import weft.formats
 from weft.adapter import Adapter
-from weft.core.factors import Factors
+from weft.core.factors import Factors, effective_rank
 from weft.errors import FormatError, NotFiniteError
-from weft.inspection import effective_rank, inspect_adapter, prove_adapter
+from weft.inspection import inspect_adapter, prove_adapter
 from weft.spec import LoraSpec
 
 
@@ -24,16 +24,6 @@ def adapter(**changes: Factors) -> Adapter:
         for name in ("up", "down")
     }
     return Adapter(LoraSpec(rank=3), {**sites, **changes})
-
-
-def test_effective_rank() -> None:
-    assert effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])) == pytest.approx(3)
-    assert effective_rank(torch.tensor([5.0, 0.0])) == pytest.approx(1)
-    assert effective_rank(torch.zeros(4)) == 0
-    assert effective_rank(torch.tensor([[1.0, 1.0], [1.0, 0.0]])) == pytest.approx(1.5)
-    values = torch.rand(6) + 0.1
-    shares = values / values.sum()
-    assert effective_rank(values) == pytest.approx(math.exp(-float((shares * shares.log()).sum())), rel=1e-5)
 
 
 def test_sites_against_dense_matrices(tmp_path: Path) -> None:

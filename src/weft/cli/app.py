@@ -38,6 +38,7 @@ VERBS = (
     "generate",
     "inspect",
     "doctor",
+    "report",
     "merge",
     "convert",
     "combine",

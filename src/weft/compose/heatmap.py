@@ -5,10 +5,11 @@ Knows what a `Comparison` holds, not how it came about.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
+
+from weft.drawing import axes_of, document, place_of
 
 if TYPE_CHECKING:
     from weft.compose.comparing import Comparison, SiteComparison
@@ -25,7 +26,7 @@ COLD, WARM, DEEP = (37, 99, 235), (194, 65, 12), (15, 118, 110)
 
 def heat_map(found: Comparison) -> str:
     """A complete SVG document; every cell says its numbers when it is pointed at."""
-    kinds, layers = _axes([site.path for site in found.sites])
+    kinds, layers = axes_of([site.path for site in found.sites])
     left = 24 + max([7 * len(kind) for kind in kinds] or [0])
     cell = max(14, min(46, 300 // max(1, len(layers))))
     wide, high = cell * max(1, len(layers)), CELL_HEIGHT * max(1, len(kinds))
@@ -53,24 +54,7 @@ def heat_map(found: Comparison) -> str:
         body.append(_text(16, TOP + 20, "no site is in two of them"))
     said = f"conflict: what cancels when both are added; unrelated updates of one size: {UNRELATED:.2f}"
     body.append(_text(16, height - 12, said, size=10, fill=PALE))
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" font-family="sans-serif">'
-    return "\n".join([head, f'<rect width="{width}" height="{height}" fill="white"/>', *body, "</svg>"]) + "\n"
-
-
-def _axes(paths: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Kinds of sites, and layer numbers (``""`` for paths without one)."""
-    places = [_place(path) for path in paths]
-    layers = sorted({layer for _, layer in places}, key=lambda layer: (layer == "", int(layer or 0)))
-    return list(dict.fromkeys(kind for kind, _ in places)), layers
-
-
-def _place(path: str) -> tuple[str, str]:
-    """What stands behind the first number of a path, or the whole path; and that number."""
-    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
-    if match is None:
-        return path, ""
-    before = path[: match.start()].rpartition(".")[2]
-    return path[match.end() :] or before, match[1]
+    return document(body, width, height, size=f'width="{width}" height="{height}"', font="sans-serif")
 
 
 def _panel(
@@ -81,7 +65,7 @@ def _panel(
         f'<rect x="{corner[0]}" y="{corner[1]}" width="{cell * len(layers)}" height="{CELL_HEIGHT * len(kinds)}" fill="{EMPTY}"/>'
     ]
     for site in sites:
-        kind, layer = _place(site.path)
+        kind, layer = place_of(site.path)
         value = getattr(site, name)
         x, y = corner[0] + cell * layers.index(layer), corner[1] + CELL_HEIGHT * kinds.index(kind)
         said = f"{site.path}: cosine {site.cosine:.3f}, overlap in {site.overlap_in:.3f} (chance {site.chance_in:.3f}), " \

@@ -24,12 +24,16 @@ __all__ = [
     "compact_groups",
     "concat",
     "cut",
+    "effective_rank",
     "from_blocks",
     "inner",
     "kept",
     "spread_groups",
     "truncate",
 ]
+
+_NOTHING = 1e-6
+"""‖ΔW‖ below this share of |scale|·‖B‖·‖A‖ is rounding, not training."""
 
 Kind = Literal["linear", "conv", "embedding", "attention", "parameter"]
 
@@ -135,6 +139,11 @@ class Factors:
         values = torch.linalg.svdvals(R_B @ R_A.mT) * abs(self.scale)
         missing = self.rank - values.shape[-1]
         return torch.nn.functional.pad(values, (0, missing)) if missing else values
+
+    @property
+    def moved(self) -> bool:
+        """Whether ΔW is more than rounding; what DoRA's magnitude did can't be told without the base."""
+        return self.norm() > _NOTHING * abs(self.scale) * float(self.A.double().norm() * self.B.double().norm())
 
     def check_finite(self, where: str = "") -> None:
         """Refuse NaN and infinity.
@@ -300,6 +309,27 @@ def _thin_qr(M: Tensor, gram: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, T
                 return M, L.mT, scales[:, :, None] * X
     Q, R = torch.linalg.qr(M * scales[:, None, :])
     return Q, R, torch.eye(R.shape[-2], dtype=M.dtype, device=M.device)
+
+
+def effective_rank(values: Tensor) -> float:
+    """How many directions an update really uses: the exponential of the entropy of its singular values.
+
+    Args:
+        values: (r,) singular values, or (E, r): the mean over E.
+
+    Returns:
+        Between 1 and r; 0 for a zero update.
+
+    Source:
+        Roy and Vetterli 2007, The effective rank: a measure of effective dimensionality.
+
+    Example:
+        >>> effective_rank(torch.tensor([2.0, 2.0, 0.0])), effective_rank(torch.tensor([5.0, 0.0]))
+        (2.0, 1.0)
+    """
+    shares = values.double() / values.double().sum(-1, keepdim=True)
+    ranks = torch.special.entr(shares.nan_to_num(0.0)).sum(-1).exp() * (values.sum(-1) > 0)
+    return round(float(ranks.mean()), 6)
 
 
 def kept(S: Tensor, groups: int, rank: int | None, energy: float | None, error: float | None) -> int:

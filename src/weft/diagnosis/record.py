@@ -85,7 +85,7 @@ class Record:
     @functools.cached_property
     def weights(self) -> dict[str, float]:
         """‖W‖ by site."""
-        found = next((row["weights"] for row in self.rows if row.get("of") == "weights"), {})
+        found: Any = next((row["weights"] for row in self.rows if row.get("of") == "weights"), {})
         return {path: float(value) for path, value in dict(found).items()}
 
     @functools.cached_property

@@ -11,6 +11,7 @@ from html import escape
 from typing import Any
 from urllib.parse import quote
 
+from weft.drawing import html_page
 from weft.many.report import ManyReport, losses_of
 
 __all__ = ["page", "sparkline"]
@@ -72,16 +73,15 @@ def page(report: ManyReport, title: str, picture: str = "", table: str = "") -> 
     ]
     heads = "".join(f'<th class="{kind}"><button type="button">{escape(name)}</button></th>' for name, kind in _COLUMNS)
     body = "\n".join(_row(row) for row in report.rows)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>\n<h1>{escape(title)}</h1>\n"
+    said = (
+        f"<h1>{escape(title)}</h1>\n"
         + "\n".join(f"<p>{escape(fact)}</p>" for fact in facts)
         + (f"\n{picture}" if picture else "")
         + (f"\n<pre>{escape(table)}</pre>" if table else "")
         + '\n<input type="search" placeholder="filter" aria-label="filter rows">'
         + f'\n<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table></div>\n'
-        + f"<script>{_SCRIPT}</script></body></html>\n"
     )
+    return html_page(title, _STYLE, said, script=_SCRIPT)
 
 
 def _row(row: Mapping[str, Any]) -> str:

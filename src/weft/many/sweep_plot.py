@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from weft.drawing import document
+
 __all__ = ["plot"]
 
 WIDTH, HEIGHT = 720, 420
@@ -22,7 +24,7 @@ def plot(table: Sequence[Mapping[str, Any]]) -> str:
     """An SVG document. Bars reach over nine of ten resamples; hollow points were given up before their end."""
     body = [f'<text x="{LEFT}" y="26" font-size="16" fill="{INK}">Loss on the evaluation rows</text>']
     if not table:
-        return _document([*body, f'<text x="{LEFT}" y="200" fill="{INK}">nothing was trained to an evaluation</text>'])
+        return _picture([*body, f'<text x="{LEFT}" y="200" fill="{INK}">nothing was trained to an evaluation</text>'])
     across = _across(table)
     groups = _groups(table, across)
     places = _positions(table, across)
@@ -54,7 +56,7 @@ def plot(table: Sequence[Mapping[str, Any]]) -> str:
     best = table[0]
     x, top = places[str(best["settings"][across])], y(best["loss"])
     body.append(f'<circle cx="{x:.1f}" cy="{top:.1f}" r="9" fill="none" stroke="{INK}" stroke-width="1.5"/>')
-    return _document(body)
+    return _picture(body)
 
 
 def _across(table: Sequence[Mapping[str, Any]]) -> str:
@@ -127,6 +129,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _document(body: list[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" font-family="system-ui, sans-serif">'
-    return "\n".join([head, f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>', *body, "</svg>"]) + "\n"
+def _picture(body: list[str]) -> str:
+    return document(body, WIDTH, HEIGHT, size=f'width="{WIDTH}"')

@@ -23,6 +23,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from weft.drawing import html_page
 from weft.errors import DamagedError, FormatError, NotInStoreError, StoreError, WeftError
 from weft.formats.checks import parse_object
 from weft.store.blobs import checked_address, checked_name
@@ -182,8 +183,7 @@ def _write_catalog(pages: Pages, name: str, out: Path) -> None:
 
 
 def _page(title: str, body: str) -> bytes:
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{_text(title)}</title><style>{_STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{body}</body></html>\n'.encode("utf-8", "replace")
+    return html_page(title, _STYLE, body).encode("utf-8", "replace")
 
 
 def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -10,13 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from weft.drawing import document, smooth, ticks
+from weft.drawing.svg import Point
+
 __all__ = ["loss_curve"]
 
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 24, 48, 48
 TRAIN, EVAL, BEST, GRID, INK, RANKS = "#9aa5b1", "#c2410c", "#0f766e", "#e5e7eb", "#374151", "#6d28d9"
-
-Point = tuple[float, float]
 
 
 def loss_curve(lines: Iterable[Mapping[str, Any]], title: str, best_step: int | None = None) -> str:
@@ -37,15 +38,15 @@ def loss_curve(lines: Iterable[Mapping[str, Any]], title: str, best_step: int | 
     body = [f'<text x="{LEFT}" y="28" font-size="16" fill="{INK}">{escape(title)}</text>']
     if not everything:
         body.append(f'<text x="{LEFT}" y="{HEIGHT // 2}" fill="{INK}">nothing was logged</text>')
-        return _document(body)
-    steps = _ticks(min(x for x, _ in everything), max(x for x, _ in everything), 8, whole=True)
-    losses = _ticks(min(y for _, y in everything), max(y for _, y in everything), 6)
+        return document(body, WIDTH, HEIGHT)
+    steps = ticks(min(x for x, _ in everything), max(x for x, _ in everything), 8, whole=True)
+    losses = ticks(min(y for _, y in everything), max(y for _, y in everything), 6)
     place = _scale(steps, losses)
     body += _axes(steps, losses, place)
     body += _rank_marks(rows, place)
     if train:
         body.append(_line(train, place, TRAIN, 1, 0.6))
-        body.append(_line(_smooth(train), place, INK, 2))
+        body.append(_line(smooth(train), place, INK, 2))
     if evaluated:
         body.append(_line(evaluated, place, EVAL, 2))
         body += [f'<circle cx="{place(p)[0]:.1f}" cy="{place(p)[1]:.1f}" r="3" fill="{EVAL}"/>' for p in evaluated]
@@ -66,7 +67,7 @@ def loss_curve(lines: Iterable[Mapping[str, Any]], title: str, best_step: int | 
         x = WIDTH - RIGHT - (140 if len(shown) < 4 else 122) * (len(shown) - i)
         body.append(f'<rect x="{x}" y="{HEIGHT - 14}" width="14" height="4" fill="{color}"/>')
         body.append(f'<text x="{x + 20}" y="{HEIGHT - 8}" font-size="12" fill="{INK}">{escape(text)}</text>')
-    return _document(body)
+    return document(body, WIDTH, HEIGHT)
 
 
 def _rank_marks(rows: Sequence[Mapping[str, Any]], place: Any) -> list[str]:
@@ -92,25 +93,6 @@ def _rank_marks(rows: Sequence[Mapping[str, Any]], place: Any) -> list[str]:
 def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
     found = [(float(row["step"]), float(row[name])) for row in rows if name in row and "step" in row]
     return [point for point in found if math.isfinite(point[1])]
-
-
-def _smooth(points: list[Point], keep: float = 0.85) -> list[Point]:
-    """Exponential mean with its start corrected."""
-    smoothed, mean, weight = [], 0.0, 0.0
-    for x, y in points:
-        mean, weight = keep * mean + (1 - keep) * y, keep * weight + (1 - keep)
-        smoothed.append((x, mean / weight))
-    return smoothed
-
-
-def _ticks(low: float, high: float, most: int, *, whole: bool = False) -> list[float]:
-    """Round numbers that enclose the range."""
-    span = max(high - low, 1.0 if whole else abs(high) * 0.01 or 0.01)
-    unit = 10 ** math.floor(math.log10(span / most))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if span / (unit * factor) <= most)
-    step = max(step, 1.0) if whole else step
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [index * step for index in range(first, max(last, first + 1) + 1)]
 
 
 def _scale(steps: list[float], losses: list[float]) -> Any:
@@ -142,10 +124,3 @@ def _axes(steps: list[float], losses: list[float], place: Any) -> list[str]:
 def _line(points: list[Point], place: Any, color: str, width: int, opacity: float = 1.0) -> str:
     path = " ".join("{:.1f},{:.1f}".format(*place(point)) for point in points)
     return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}" stroke-opacity="{opacity}" stroke-linejoin="round"/>'
-
-
-def _document(body: list[str]) -> str:
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif">'
-    )
-    return "\n".join([head, f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>', *body, "</svg>"]) + "\n"

@@ -95,6 +95,7 @@ class Recipe:
             times; ``"ignore"``: nothing is said, and `weft doctor` still finds it afterwards.
         general: a file of texts that the base should still know afterwards, or ``"english"`` for the short text that weft has: its loss is
             taken before and at every evaluation, and is where forgetting is seen; None: nobody looks. For causal language models.
+        samples: rows whose answers before and after are written down at the end, greedy and short; 0: none.
         workers: processes that prepare batches; 0: the training process does.
         device: ``"auto"`` or ``"cpu"``.
         two_tower: how texts and images are brought together, for ``kind="contrastive"`` and ``"fused"``: a
@@ -151,6 +152,7 @@ class Recipe:
     compile: bool = False
     on_trouble: str = "say"
     general: str | None = None
+    samples: int = 4
     workers: int = 0
     device: str = "auto"
     vision: VisionSettings | None = None
@@ -406,6 +408,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "offload": (_some_of(OFFLOADED), f"a list out of {', '.join(OFFLOADED)}"),
     "loss_chunk": (_or_none(_whole(1)), _COUNT + " of tokens"),
     "freeze_below": (_or_none(_whole(1)), _COUNT + ", of a layer"),
+    "samples": (_whole(0), "a whole number of at least 0"),
     "report_to": (lambda value: isinstance(value, tuple) and all(isinstance(item, str) and item for item in value), "a list of names"),
 }  # fmt: skip
 for _name, _names in _ALLOWED.items():

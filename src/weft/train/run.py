@@ -5,7 +5,7 @@
              log.jsonl           one line a logged step and one an evaluation
              checkpoints/        checkpoint-N: factors, optimizer, schedule, random state; and an adapter that can be loaded
              adapter/            the result
-             report.json, report.md, curve.svg
+             report.json, report.md, curve.svg; report.html, the page; samples.json, answers before and after
 
 Files are written beside and renamed. This module does not know torch or how a training goes.
 """
@@ -47,6 +47,8 @@ _OWN = (
     "report.json",
     "report.md",
     "curve.svg",
+    "report.html",
+    "samples.json",
     "trackers",
     ".lock",
 )
@@ -187,7 +189,13 @@ class Folder:
             if self.root.parent.is_dir()
             else []
         )
-        found = "a folder without recipe.yaml and environment.json" if self.root.is_dir() else "nothing"
+        found = (
+            "a folder without recipe.yaml and environment.json"
+            if self.root.is_dir()
+            else "a file"
+            if self.root.exists()
+            else "nothing"
+        )
         raise RunError(f"{self.root}: expected the folder of a run, got {found}.{did_you_mean(self.root.name, near)}")
 
     def check(self, overwrite: bool = False) -> None:
@@ -350,11 +358,15 @@ def describe_environment() -> dict[str, Any]:
 def write_beside(path: Path, text: str) -> None:
     """Write a file beside its place, then rename: a reader finds the old file or the new one, never half of it."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(beside, path)
+    try:
+        with beside.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def plain_json(value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shlex
 import tempfile
@@ -38,6 +39,7 @@ from weft.train.general import general_text
 from weft.train.inputs import Inputs, Texts, prepare, read
 from weft.train.offload import Parked
 from weft.train.opening import BaseLike, as_before, open_base, with_head
+from weft.train.page import SAMPLES, draw
 from weft.train.pair_inputs import PairTexts, check_pair_base, open_towers, pair_spec, prepare_pairs, read_pairs
 from weft.train.pair_settings import PAIR_KINDS
 from weft.train.progress import say
@@ -45,7 +47,8 @@ from weft.train.proof import make_proof
 from weft.train.quantized import quantise, require
 from weft.train.recipe import CLASSIFYING, Recipe
 from weft.train.recompute import above, check_below, recomputable
-from weft.train.run import Folder, Report, Run, describe_environment
+from weft.train.run import Folder, Report, Run, describe_environment, plain_json, write_beside
+from weft.train.samples import record_samples
 from weft.train.schedule import Facts, Schedule, settle
 from weft.train.session import Outcome, Session, check_names, training_arguments
 from weft.train.sharding import check_whole
@@ -306,7 +309,24 @@ def _train(call: _Call, job: _Job, texts: Texts | PairTexts, model: nn.Module, t
             if call.main:
                 adapter.save(folder.adapter, overwrite=True, for_peft=not problem)
                 folder.save_report(report, folder.root.name)
+                _picture(call, recipe, model, tokenizer, bank, inputs, adapter)
             return Run(folder.root, adapter, report)
+
+
+def _picture(
+    call: _Call, recipe: Recipe, model: nn.Module, tokenizer: Any, bank: Bank, inputs: Inputs, adapter: Adapter
+) -> None:
+    """samples.json and report.html. The training is done and written by now: what fails here is said, and no more."""
+    path = call.folder.root / SAMPLES
+    if recipe.samples and process_count() == 1 and recipe.kind not in PAIR_KINDS:
+        try:
+            found = record_samples(model, tokenizer, bank, SLOT, inputs, recipe.samples)
+            write_beside(path, json.dumps(plain_json(found), indent=1, ensure_ascii=False) + "\n")
+        except Exception as error:  # noqa: BLE001 - whatever a model's own generate does, the result stands
+            call.say(f"note: no samples were written ({type(error).__name__}: {error})")
+    problem = draw(call.folder, adapter)
+    if problem:
+        call.say(f"note: {problem}")
 
 
 def _quantised(job: _Job, recipe: Recipe, model: nn.Module, spec: LoraSpec) -> dict[tuple[str, ...], Fingerprint]:

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.tolerances import assert_close
-from weft.core.factors import Factors, blocks, compact_groups, concat, from_blocks, inner, spread_groups, truncate
+from weft.core.factors import (
+    Factors,
+    blocks,
+    compact_groups,
+    concat,
+    effective_rank,
+    from_blocks,
+    inner,
+    spread_groups,
+    truncate,
+)
 from weft.errors import NotFiniteError, ShapeError
 
 
@@ -275,3 +285,13 @@ def test_numbers_outside_of_the_blocks_are_refused() -> None:
         compact_groups(torch.ones(6, 4), 2)
     with pytest.raises(ShapeError, match="divide neither"):
         compact_groups(torch.ones(6, 4), 4)
+
+
+def test_effective_rank() -> None:
+    assert effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])) == pytest.approx(3)
+    assert effective_rank(torch.tensor([5.0, 0.0])) == pytest.approx(1)
+    assert effective_rank(torch.zeros(4)) == 0
+    assert effective_rank(torch.tensor([[1.0, 1.0], [1.0, 0.0]])) == pytest.approx(1.5)
+    values = torch.rand(6) + 0.1
+    shares = values / values.sum()
+    assert effective_rank(values) == pytest.approx(math.exp(-float((shares * shares.log()).sum())), rel=1e-5)
