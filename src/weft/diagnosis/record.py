@@ -13,8 +13,8 @@ Every line is a mapping with ``step``. What `weft.train` writes (a `weft.Watch` 
     {"step": 0, "of": "weights", "weights": {path: ‖W‖}}      Frobenius norms of the weights that are adapted, where they can be read
     {"step": 40, "of": "sites", "sites": {path: {"delta": ‖ΔW‖, "update": ‖change of ΔW in this one step‖, "A": ‖A‖, "B": ‖B‖,
      "gradient_A": …, "gradient_B": …, "rank": 8, "effective_rank": 3.2}}}
-                     after the step, at about twenty steps of a run and at the first; gradients as the optimizer gets them (clipped).
-                     In 16 bits also "gradient_zero": share of the gradient's numbers that are exactly zero
+                     after the step, at about ten steps of a run and at the first; gradients as the optimizer gets them (clipped).
+                     In 16 bits also "gradient_zero": share of the numbers in B's gradient that are exactly zero
     {"step": 41, "of": "not-finite", "what": "loss" | "gradient" | "factors", "site": path, "where": "in words"}
     {"step": 40, "of": "trouble", "rule": …, "seen": 57, "evidence": …, "factor": 0.5}
                      the run went back from step ``seen`` to ``step``, and on with ``factor`` times the recipe's learning rate

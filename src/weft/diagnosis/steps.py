@@ -127,7 +127,7 @@ def underflow(record: Record) -> Sign | None:
     skipped = sum(number(row, "skipped") or 0 for row in lines)
     zero: dict[str, float] = {}
     for step, own in record.sites:
-        if step > 1:  # A has no gradient before B moves
+        if step >= 1:
             for path, row in own.items():
                 zero[path] = max(zero.get(path, 0.0), number(row, "gradient_zero") or 0.0)
     site = max(zero, key=lambda path: zero[path], default=None)

@@ -57,8 +57,9 @@ class Before:
         self.gradients = dict(zip(slots, zip(norms[::2], norms[1::2], strict=True), strict=True))
         self.zeros: dict[str, float] = {}
         if zeros:
-            counts = [1.0 - float(torch.count_nonzero(grad)) / grad.numel() for grad in grads]
-            self.zeros = dict(zip(slots, map(max, counts[::2], counts[1::2]), strict=True))
+            of_B = grads[1::2]  # that of A is zero by itself until B moves
+            counts = [1.0 - float(torch.count_nonzero(grad)) / grad.numel() for grad in of_B]
+            self.zeros = dict(zip(slots, counts, strict=True))
 
 
 @torch.no_grad()

@@ -28,8 +28,8 @@ from weft.train.tally import Tally
 __all__ = ["WATCH", "Watch", "logged", "said"]
 
 WATCH = "watch.json"
-SITE_ROWS = 20
-"""How often a run looks at its sites."""
+SITE_ROWS, CLOSEST = 10, 3
+"""How often a run looks at its sites, and the least steps between two looks: one costs 4 % of a step of the smallest base."""
 RENAMED = {
     "num_input_tokens_seen": "tokens",
     "grad_norm": "grad_norm",
@@ -154,7 +154,7 @@ class Watch(TrainerCallback):
         self.ended = False
         self.tally.clip = float(args.max_grad_norm or 0.0)
         self._zeros = bool(args.fp16) or self.facts.get("dtype") == "float16"
-        self.every = max(1, math.ceil(state.max_steps / SITE_ROWS), _interval(args, state))
+        self.every = max(1, math.ceil(state.max_steps / SITE_ROWS), CLOSEST, _interval(args, state))
         bank = None if not state.is_world_process_zero or _is_sharded(args) else bank_of(model)
         self._slots = lambda: trained_slots(bank)
         if not any(row.get("of") == "weights" for row in self.rows) and (norms := weight_norms(self._slots())):
