@@ -84,13 +84,14 @@ class Schedule:
 def learning_rate_for(width: int, family: str, steps: int, alpha: float = MEASURED_ALPHA) -> tuple[float, str]:
     """The rule for LoRA's learning rate, and how it came to its number, in words.
 
-    ``5e-5 · m · (2000 / width) ** p · 32 / alpha``: full fine-tuning's rate at a width of 2000, times m = 10, or 15 in runs of
+    ``5e-5 · m · (2000 / width) ** p · f(32 / alpha)``: full fine-tuning's rate at a width of 2000, times m = 10, or 15 in runs of
     fewer than 100 steps, times a power of the width that depends on the family: p = 0.781 for Llama, 0.0775 for Qwen,
-    and 0 for those that were not measured. It is nearly independent of the rank (4 to 512) where alpha is 32. With another alpha,
-    the last factor (at most 8, at least 1/8) keeps the first steps of ΔW: Adam moves B by the learning rate, whatever the scale.
+    and 0 for those that were not measured. It is nearly independent of the rank (4 to 512) where alpha is 32. With a larger
+    alpha the last factor is 32 / alpha (at least 1/8), which keeps the first steps of ΔW: Adam moves B by the learning rate, whatever the scale.
+    With a smaller one it is the root of that (at most 4): A moves by the learning rate as well, and the scale doesn't make up for that.
 
-    What counts is scale times rank, of which alpha 32 is one way of many: ``alpha = rank`` asks for a rate that falls as 1 / rank, rsLoRA (scale
-    alpha / √rank) for one that falls as 1 / (alpha · √rank). That is why an adapter with ranks by site keeps one alpha at all of them.
+    What counts is scale times rank, of which alpha 32 is one way of many: ``alpha = rank`` asks for a rate that falls with the rank, and so does rsLoRA
+    (scale alpha / √rank). That is why an adapter with ranks by site keeps one alpha at all of them.
 
     Args:
         width: hidden size of the base; 0: unknown.
@@ -104,7 +105,8 @@ def learning_rate_for(width: int, family: str, steps: int, alpha: float = MEASUR
     """
     times = 15 if steps < SHORT_RUN else 10
     exponent = next((value for name, value in WIDTH_EXPONENTS.items() if family.lower().startswith(name)), 0.0)
-    scaled = min(8.0, max(1 / 8, MEASURED_ALPHA / abs(alpha)))
+    ratio = MEASURED_ALPHA / abs(alpha)
+    scaled = min(4.0, ratio**0.5) if ratio > 1 else max(1 / 8, ratio)
     rate = scaled * FULL_RATE * times * ((2000 / width) ** exponent if width else 1.0)
     rounded = float(f"{rate:.2g}")
     run = f"a run of {steps} steps" if steps < SHORT_RUN else "LoRA"

@@ -67,11 +67,11 @@ def same(one: tuple[Tensor, dict[str, Tensor]], two: tuple[Tensor, dict[str, Ten
 )
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints_change_no_gradient(name: str, reentrant: bool, dropout: float) -> None:
-    model, bank, batch = ready(name, dropout=dropout)
+    model, bank, batch = ready(name, torch.float64, dropout=dropout)  # in float32 the order of sums alone shows in T5
     twin = copy.deepcopy(model)
     checkpoints(twin, reentrant=reentrant)
     for _ in range(2):
-        same(step(twin, twin.__dict__["_weft_bank"], batch), step(model, bank, batch), torch.float32)
+        same(step(twin, twin.__dict__["_weft_bank"], batch), step(model, bank, batch), torch.float64)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
