@@ -104,7 +104,7 @@ def measure(shared: Path, folder: Path) -> dict[str, Any]:
     return {
         "title": "ResNet-20 on JPEG images, LoRA on conv1 and conv2",
         "settings": f"5,000 training images, {EPOCHS} epochs of batches of {BATCH}, rank {RANK}, seeds {SEEDS}; 1,000 test images; learning "
-        f"rates {', '.join(f'{rate:g} ({method})' for method, rate in RATES.items())}, each chosen on 500 of the training images; BatchNorm's statistics stay",
+        f"rates {', '.join(f'{rate:g} ({method})' for method, rate in RATES.items())}, chosen on 500 of the training images, but for peft, which has weft's; BatchNorm's statistics stay",
         "columns": ["trained", "accuracy (mean)", "by seed", "parameters, of full", "won of full's gain"],
         "rows": rows,
         "summary": f"accuracy {before:.3f} -> {means['weft']:.3f}, full fine-tuning {means['full fine-tuning']:.3f}",

@@ -59,15 +59,20 @@ class Surroundings:
         """Freeze the base, once; later calls find it frozen."""
         if self._flags:
             return
-        self._flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        modules = tuple(self.model.named_modules())  # one walk for all that follows
+        parameters = {
+            id(item): item for _, module in modules for item in module._parameters.values() if item is not None
+        }
+        self._flags = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
         for parameter, flag in self._flags:
             if flag:
                 parameter.requires_grad_(False)
-        for path, module in self.model.named_modules():
+        for path, module in modules:
             if getattr(module, "running_mean", None) is not None and type(module).forward in _NORM_FORWARDS:
                 place(module, StatisticsSite, path=path)
                 self._norms.append(module)
-        embeddings = {id(found): found for found in map(_embeddings, self.model.modules()) if found is not None}
+        found = (_embeddings(module) for _, module in modules)
+        embeddings = {id(module): module for module in found if module is not None}
         self._handles = [module.register_forward_hook(self._start_gradient) for module in embeddings.values()]
 
     def guard(self, owners: Iterable[str]) -> None:

@@ -114,6 +114,16 @@ def check_shared(recipes: Mapping[str, Recipe]) -> None:
             raise RecipeError(
                 f"{where}mixed_precision='fp16' scales all losses by one factor, which one user's overflow would change; use bf16 or no"
             )
+        for name, asked in (
+            ("general", recipe.general is not None),
+            ("on_trouble", recipe.on_trouble == "act"),
+            ("samples", recipe.samples not in (0, Recipe().samples)),
+        ):
+            if asked:
+                raise RecipeError(
+                    f"{where}{name}={getattr(recipe, name)!r} is for one adapter: a run of many has no part for it; leave {name} out, or "
+                    "train alone"
+                )
         if recipe.adaptive is not None and recipe.spec is not None:
             try:
                 check_spec(recipe.adaptive, recipe.spec)
