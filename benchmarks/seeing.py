@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import measures
+from benchmarks.subjects import randomise
 
 __all__ = ["ROWS", "rows"]
 
@@ -117,7 +118,7 @@ def _with_weft(base: nn.Module, rank: int) -> nn.Module:
 
     model = copy.deepcopy(base)
     weft.attach(model, {"bench": weft.LoraSpec(rank=rank, targets=TARGETS)})
-    return _randomise(model)
+    return randomise(model)
 
 
 def _with_peft(base: nn.Module, rank: int) -> nn.Module:
@@ -126,14 +127,7 @@ def _with_peft(base: nn.Module, rank: int) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
-        return _randomise(peft.get_peft_model(copy.deepcopy(base), config))
-
-
-def _randomise(model: nn.Module) -> nn.Module:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.02)
-    return model
+        return randomise(peft.get_peft_model(copy.deepcopy(base), config))
 
 
 def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:

@@ -61,7 +61,7 @@ def with_weft(base: nn.Module, setting: Setting) -> nn.Module:
 
     model = copy.deepcopy(base)
     weft.attach(model, {"bench": weft.LoraSpec(rank=setting.rank, targets=SUFFIXES, dropout=setting.dropout)})
-    return _randomise(model)
+    return randomise(model)
 
 
 def with_peft(base: nn.Module, setting: Setting) -> nn.Module:
@@ -73,10 +73,11 @@ def with_peft(base: nn.Module, setting: Setting) -> nn.Module:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _randomise(peft.get_peft_model(copy.deepcopy(base), config))
+        return randomise(peft.get_peft_model(copy.deepcopy(base), config))
 
 
-def _randomise(model: nn.Module) -> nn.Module:
+def randomise(model: nn.Module) -> nn.Module:
+    """Random numbers into all that is trained: with B = 0 some products would be for nothing."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.02)
