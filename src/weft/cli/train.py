@@ -107,7 +107,7 @@ def train(
     if json:
         return show.as_json({"path": run.path, **run.report.to_dict()})
     show.result(run.report.text())
-    show.remark(f"\nwritten: {run.path}/ (adapter, report.md, curve.svg, log.jsonl, recipe.yaml, checkpoints)", quiet)
+    show.remark(f"\nwritten: {run.path}/ (adapter, report.html, report.md, log.jsonl, recipe.yaml, checkpoints)", quiet)
     show.remark(f"next:    {_next(run)}", quiet)
 
 

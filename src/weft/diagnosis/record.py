@@ -6,7 +6,7 @@ Every line is a mapping with ``step``. What `weft.train` writes (a `weft.Watch` 
      "padding": 0.12, "seconds_waiting": 0.02, "seconds": 3.1, "tokens": 8192, …}
                      since the line before: mean and highest loss of a step, highest gradient norm, share of the steps that were
                      clipped, share of the positions that hold padding, seconds in which training waited for batches. With fp16
-                     also "loss_scale", and "skipped": steps that were left out because gradients overflowed
+                     also "skipped": steps that were left out because gradients overflowed
     {"step": 0, "of": "base", "eval_loss": 2.9}               the base on the evaluation data
     {"step": 40, "eval_loss": 2.2}                            an evaluation
     {"step": 40, "of": "general", "general_loss": 3.1}        loss on the recipe's general text; at step 0 the base's

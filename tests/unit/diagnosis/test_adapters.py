@@ -41,6 +41,12 @@ def changed(model: nn.Module, rank: int, size: float = 0.3) -> Callable[[Tensor]
     return lambda x: apply(weights, x)
 
 
+def changed_by(model: nn.Module, times: float) -> Callable[[Tensor], Tensor]:
+    """The same layers, each so many times as large."""
+    weights = [times * layer.weight for layer in model.children()]  # type: ignore[operator]
+    return lambda x: apply(weights, x)
+
+
 def apply(weights: list[Tensor], x: Tensor) -> Tensor:
     for weight in weights:
         x = x @ weight.mT
@@ -134,14 +140,19 @@ def test_one_site_dominates() -> None:
     assert found.numbers["scale"] == 64
 
 
-@pytest.mark.parametrize(("rate", "severity"), [(0.03, "medium"), (0.5, "high")])
-def test_update_too_large(rate: float, severity: str) -> None:
+def test_update_too_large() -> None:
+    model = stack()
+    large = changed_by(model, 3.0)  # an update of twice the base, of which rank 12 reaches more than the base's size
+    adapter = trained(model, large, rate=0.02, rank=12, alpha=12)
+    assert rules(adapter, model)["update-too-large"] == "medium"
+    assert "update-too-large" not in rules(adapter)  # which needs the base
+
+
+def test_update_that_drowns_the_base() -> None:
     model = stack()
     noise = torch.Generator().manual_seed(1)
-    adapter = trained(model, lambda x: 3 * torch.randn(x.shape, generator=noise), rate=rate, rank=8, alpha=32)
-    found = rules(adapter, model)
-    assert found["update-too-large"] == severity
-    assert "update-too-large" not in rules(adapter)  # which needs the base
+    adapter = trained(model, lambda x: 3 * torch.randn(x.shape, generator=noise), rate=0.5, rank=8, alpha=32)
+    assert rules(adapter, model)["update-too-large"] == "high"
 
 
 def test_turned_away() -> None:
